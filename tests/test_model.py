@@ -1,0 +1,240 @@
+"""model.py: the architecture against a functional re-statement, frozen means frozen, and weights from elsewhere."""
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torchvision.models import EfficientNet_B0_Weights, efficientnet_b0
+
+import model as models
+from model import EfficientSegNet, SegNetDecoder, WeightsError
+
+# (expansion, kernel, stride, in, out, repeats) of features[1..7], table 1 of the EfficientNet paper
+B0_STAGES = [(1, 3, 1, 32, 16, 1), (6, 3, 2, 16, 24, 2), (6, 5, 2, 24, 40, 2), (6, 3, 2, 40, 80, 3), (6, 5, 1, 80, 112, 3),
+             (6, 5, 2, 112, 192, 4), (6, 3, 1, 192, 320, 1)]
+
+
+@pytest.fixture(scope="module")
+def network():
+    """A network whose batch-norm statistics are not those of a fresh one, so that leaving one out shows."""
+    torch.manual_seed(1)
+    network = EfficientSegNet(20, "none").eval()
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.running_mean.normal_(0, 0.1)
+            layer.running_var.uniform_(0.5, 2)
+            torch.nn.init.normal_(layer.bias, 0, 0.1)
+    return network
+
+
+def restated(weights, x):
+    """EfficientSegNet.eval() written down again, from the papers and the state_dict alone."""
+    def batch_norm(x, name, eps=1e-5):
+        return F.batch_norm(x, weights[f"{name}.running_mean"], weights[f"{name}.running_var"], weights[f"{name}.weight"],
+                            weights[f"{name}.bias"], eps=eps)
+
+    def conv_norm(x, name, stride=1, groups=1):
+        kernel = weights[f"{name}.0.weight"]
+        x = F.conv2d(x, kernel, stride=stride, padding=kernel.shape[-1] // 2, groups=groups)
+        return batch_norm(x, f"{name}.1")
+
+    def silu(x):
+        return x * torch.sigmoid(x)
+
+    def inverted_residual(x, name, expansion, stride):
+        before, part = x, 0
+        if expansion > 1:
+            x, part = silu(conv_norm(x, f"{name}.block.0")), 1
+        x = silu(conv_norm(x, f"{name}.block.{part}", stride, groups=x.shape[1]))
+        squeezed = x.mean(dim=(2, 3), keepdim=True)
+        for layer, activation in (("fc1", silu), ("fc2", torch.sigmoid)):
+            name_fc = f"{name}.block.{part + 1}.{layer}"
+            squeezed = activation(F.conv2d(squeezed, weights[f"{name_fc}.weight"], weights[f"{name_fc}.bias"]))
+        x = conv_norm(x * squeezed, f"{name}.block.{part + 2}")
+        return x + before if stride == 1 and x.shape == before.shape else x
+
+    def stage(x, name, number):
+        expansion, _, stride, _, _, repeats = B0_STAGES[number - 1]
+        for block in range(repeats):
+            x = inverted_residual(x, f"{name}.{block}", expansion, stride if block == 0 else 1)
+        return x
+
+    def decoder(x, name, skip=None):
+        x = F.conv_transpose2d(x, weights[f"{name}.upsampler.weight"], weights[f"{name}.upsampler.bias"], stride=2)
+        if skip is not None:
+            x = x + F.interpolate(skip, size=x.shape[2:], mode="bilinear", align_corners=False)
+        x = F.conv2d(x, weights[f"{name}.conv_block.0.weight"], weights[f"{name}.conv_block.0.bias"], padding=1)
+        return batch_norm(x, f"{name}.conv_block.1").relu()
+
+    x = silu(conv_norm(x, "encoder1.0", stride=2))
+    x1 = stage(stage(x, "encoder1.1", 1), "encoder1.2", 2)
+    x2 = stage(x1, "encoder2", 3)
+    x3 = stage(x2, "encoder3", 4)
+    x4 = stage(x3, "encoder4", 5)
+    x5 = silu(conv_norm(stage(stage(x4, "encoder5.0", 6), "encoder5.1", 7), "encoder5.2"))
+    x = decoder(x5, "decoder5", x4)
+    x = decoder(x, "decoder4", x3)
+    x = decoder(x, "decoder3", x2)
+    x = decoder(x, "decoder2", x1)
+    x = decoder(x, "decoder1")
+    return F.conv2d(x, weights["out.weight"], weights["out.bias"])
+
+
+def test_parameter_counts_are_the_contract():
+    network = EfficientSegNet(20, "none")
+    assert sum(parameter.numel() for parameter in network.encoder_parameters()) == 4_007_548
+    assert sum(parameter.numel() for parameter in network.decoder_parameters()) == 825_108
+    assert {name.split(".")[0] for name in network.state_dict()} == (
+        {f"encoder{i}" for i in range(1, 6)} | {f"decoder{i}" for i in range(1, 6)} | {"out"})
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 64, 64), (2, 3, 96, 160)])
+def test_forward_equals_the_restated_architecture(network, shape):
+    images = torch.randn(shape)
+    with torch.no_grad():
+        logits, expected = network(images), restated(network.state_dict(), images)
+    assert logits.shape == (shape[0], 20, *shape[2:])
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4)
+    assert logits.std() > 0.01  # a network of zeros would agree with anything
+
+
+def test_decoder_resizes_its_skip_and_does_without():
+    decoder = SegNetDecoder(6, 4)
+    assert decoder(torch.randn(1, 6, 5, 7), torch.randn(1, 4, 3, 3)).shape == (1, 4, 10, 14)
+    assert decoder(torch.randn(1, 6, 5, 7)).shape == (1, 4, 10, 14)
+
+
+def test_folded_encoder_gives_the_same_logits_and_state_dict(network):
+    images, keys = torch.randn(2, 3, 64, 64), list(network.state_dict())
+    with torch.no_grad():
+        plain = network(images)
+        folded = network.fold_encoder()(images)
+    network._folded_encoders = ()
+    torch.testing.assert_close(folded, plain, rtol=1e-3, atol=1e-4)
+    assert list(network.state_dict()) == keys
+
+
+def train_a_little(network):
+    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-3)
+    network.train()
+    for _ in range(2):
+        loss = F.cross_entropy(network(torch.randn(2, 3, 64, 64)), torch.randint(20, (2, 64, 64)))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_frozen_encoder_never_changes_and_keeps_no_graph():
+    network = EfficientSegNet(20, "none")
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    train_a_little(network)
+    changed = {name for name, tensor in network.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {name for name in before if not name.startswith("encoder")}
+    assert all(not features.requires_grad for features in network.encode(torch.randn(1, 3, 64, 64)))
+
+
+def test_finetuning_changes_encoder_weights_but_not_its_statistics():
+    network = EfficientSegNet(20, "none", finetune_encoder=True)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    train_a_little(network.fold_encoder())
+    changed = {name for name, tensor in network.state_dict().items() if not torch.equal(tensor, before[name])}
+    statistics = {name for name in before if name.startswith("encoder") and name.rsplit(".", 1)[1] in
+                  ("running_mean", "running_var", "num_batches_tracked")}
+    assert changed == set(before) - statistics
+
+
+def test_encoder_weights_from_a_file_with_and_without_classifier(tmp_path):
+    backbone = efficientnet_b0()
+    torch.save(backbone.state_dict(), tmp_path / "whole.pth")
+    torch.save({k: v for k, v in backbone.state_dict().items() if k.startswith("features.")}, tmp_path / "features.pth")
+    for name in ("whole.pth", "features.pth"):
+        network = EfficientSegNet(3, tmp_path / name)
+        assert torch.equal(network.encoder5[2][0].weight, backbone.features[8][0].weight)
+        assert torch.equal(network.encoder1[1][0].block[0][0].weight, backbone.features[1][0].block[0][0].weight)
+
+
+def test_failed_download_names_file_place_and_flag(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    def refuse(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr("torch.hub.urlopen", refuse)
+    with pytest.raises(WeightsError) as error:
+        EfficientSegNet(20, "imagenet")
+    name = EfficientNet_B0_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[1]
+    assert str(tmp_path / "hub" / "checkpoints" / name) in str(error.value)
+    assert "--encoder_weights FILE" in str(error.value) and "no network" in str(error.value)
+
+
+def test_checkpoints_of_other_trainings_are_accepted(network, tmp_path):
+    own = network.state_dict()
+    base_model = {f"base_model.{key}": value for key, value in efficientnet_b0().state_dict().items()}
+    spellings = {
+        "ours": {"model": own, "config": {"image_size": 128}},
+        "bare": own,
+        "with_base_model": own | base_model,
+        "data_parallel": {f"module.{key}": value for key, value in (own | base_model).items()},
+        "wrapped": {"state_dict": {f"module.{key}": value for key, value in own.items()}, "epoch": 3},
+        "compiled": {f"_orig_mod.{key}": value for key, value in own.items()},
+    }
+    images = torch.randn(1, 3, 64, 64)
+    for name, content in spellings.items():
+        torch.save(content, tmp_path / f"{name}.pth")
+        checkpoint = models.load_checkpoint(tmp_path / f"{name}.pth")
+        loaded = models.model_from_checkpoint(checkpoint, name).eval()
+        assert list(loaded.state_dict()) == list(own), name
+        with torch.no_grad():
+            assert torch.equal(loaded(images), network(images)), name
+    assert models.load_checkpoint(tmp_path / "ours.pth")["config"] == {"image_size": 128}
+    assert models.load_checkpoint(tmp_path / "bare.pth")["config"] == {}
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_what_is_no_checkpoint_is_refused_in_one_line(network, tmp_path):
+    torch.save({"out.weight": torch.zeros(20, 24, 1, 1)}, tmp_path / "other.pth")
+    torch.save(network.state_dict() | {"encoder1.0.0.weight": torch.zeros(1)}, tmp_path / "shape.pth")
+    torch.save(efficientnet_b0().state_dict(), tmp_path / "backbone.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    whole = (tmp_path / "shape.pth").read_bytes()
+    (tmp_path / "truncated.pth").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "empty.pth").write_bytes(b"")
+    (tmp_path / "text.pth").write_text("not a checkpoint")
+    (tmp_path / "folder.pth").mkdir()
+    torch.save({"model": network.state_dict(), "x": Malicious(tmp_path / "pwned")}, tmp_path / "malicious.pth")
+    (tmp_path / "pickle.pth").write_bytes(pickle.dumps(Malicious(tmp_path / "pwned")))
+    for name in ("other", "shape", "backbone", "list", "truncated", "empty", "text", "folder", "malicious", "pickle", "absent"):
+        path = tmp_path / f"{name}.pth"
+        with pytest.raises(WeightsError) as error:
+            models.model_from_checkpoint(models.load_checkpoint(path), path)
+        assert str(path) in str(error.value), name
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_encoder_weights_of_another_network_are_refused(tmp_path):
+    torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7)}, tmp_path / "resnet.pth")
+    with pytest.raises(WeightsError, match="not a torchvision efficientnet_b0 state_dict"):
+        EfficientSegNet(20, tmp_path / "resnet.pth")
+
+
+def test_exported_network_gives_the_same_logits(network):
+    """The README's two lines."""
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = network(images)
+        torch.testing.assert_close(torch.export.export(network, (images,)).module()(images), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(torch.jit.trace(network, images)(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_random_encoder_keeps_its_signal():
+    torch.manual_seed(0)
+    photo_like = F.interpolate(torch.randn(2, 3, 8, 8), size=(128, 128), mode="bilinear")
+    for features in EfficientSegNet(20, "none").encode(photo_like):
+        assert 0.05 < features.std() < 20
