@@ -1,5 +1,75 @@
-"""What several test files share."""
+"""What several test files share: synthetic scenes on disk, a trained run, and real processes that start fast."""
+import io
+import multiprocessing
+import os
+import shutil
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts lie flat in the repository's root
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # the scripts lie flat in the repository's root
+
+import dataset  # noqa: E402
+import train  # noqa: E402
+
+# A fork server that has imported torch once starts a process in milliseconds, where an interpreter of its own needs seconds.
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["train", "predict"])
+SMALL = ["--encoder_weights", "none", "--image_size", "64", "--device", "cpu"]  # an epoch of a few scenes in a second
+
+
+def run_in_process(main, argv, log, environment):
+    """Body of a child process: the command line with its output in a file."""
+    os.environ.update(environment)
+    with open(log, "wb", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout, sys.stderr = (io.TextIOWrapper(os.fdopen(fd, "wb", 0), write_through=True) for fd in (1, 2))
+    main([str(argument) for argument in argv])
+
+
+def start(main, argv, log, **environment):
+    """Start main(argv) as a real process; its output goes to `log`."""
+    process = FORKSERVER.Process(target=run_in_process, args=(main, argv, log, environment))
+    process.start()
+    return process
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    """A data folder with 8 training and 7 validation composites of synthetic scenes. Not to be changed."""
+    folder = tmp_path_factory.mktemp("scenes")
+    dataset.write_demo(folder, {"train": 8, "val": 7})
+    return folder
+
+
+@pytest.fixture
+def own_scenes(scenes, tmp_path):
+    """A copy of `scenes` to damage."""
+    return Path(shutil.copytree(scenes, tmp_path / "data"))
+
+
+@pytest.fixture(scope="session")
+def run_dir(scenes, tmp_path_factory):
+    """A finished run of two epochs on `scenes`. Not to be changed."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    train.main(["--data_dir", str(scenes), "--output_dir", str(folder), "--num_epochs", "2", *SMALL])
+    return folder
+
+
+@pytest.fixture
+def fails(capsys):
+    """Check that a command line ends in one clear line on stderr with the given status and words."""
+    def check(main, argv, *words, status=1):
+        with pytest.raises(SystemExit) as end:
+            main([str(argument) for argument in argv])
+        error = capsys.readouterr().err
+        assert end.value.code == status, error
+        lines = [line for line in error.splitlines() if line.strip()]
+        assert len(lines) == 1 and "Traceback" not in error, error
+        for word in words:
+            assert str(word) in error, f"{word!r} is not in {error!r}"
+
+    return check
