@@ -65,10 +65,12 @@ class DatasetError(Exception):
 
 COLORS = np.array([*PALETTE, *VOID_COLORS.values()], dtype=np.uint8)  # (29, 3)
 COLOR_TO_ID = np.array([*range(len(CLASSES)), *[0] * len(VOID_COLORS)], dtype=np.uint8)  # (29,)
+VOID_BITS = np.int32(sum(1 << index for index in range(len(CLASSES), len(COLORS))))
 SURE_DISTANCE = 12  # in RGB: flat areas stay within 6 of their colour at quality 95
 # These are often too thin to hold one pure pixel. They are taken without any where the pixel is this close to them: a mixture
 # of two others seldom looks like a traffic light's orange, and often like a pole's grey.
-THIN_DISTANCES = {"pole": 18, "traffic light": 58, "traffic sign": 58}
+THIN_DISTANCES = {CLASS_NAMES.index("pole"): 22, CLASS_NAMES.index("traffic light"): 58, CLASS_NAMES.index("traffic sign"): 58}
+EXACT = 2  # a void colour hit this closely is no chance
 
 
 def colorize(label: np.ndarray) -> np.ndarray:
@@ -123,12 +125,21 @@ def decode_label(rgb: np.ndarray) -> np.ndarray:
     return settle_edges(rgb, *match_palette(rgb))
 
 
+def spread(bits: np.ndarray) -> np.ndarray:
+    """The bits of int32 (H, W) that stand in the 5x5 pixels around each."""
+    H, W = bits.shape
+    padded = np.pad(bits, 2)
+    rows = functools.reduce(np.bitwise_or, (padded[:, shift : shift + W] for shift in range(5)))
+    return functools.reduce(np.bitwise_or, (rows[shift : shift + H] for shift in range(5)))
+
+
 def settle_edges(rgb: np.ndarray, bits: np.ndarray, label: np.ndarray) -> np.ndarray:
     """Give each pixel of mixed colour the class of a colour beside it.
 
     Its mixed colour may resemble a third class. It gets the nearest among the colours that surely stand within two pixels (the
     reach of 4:2:0 chroma) or, where none does, anywhere in the picture. Thin things alone may stand without such support, see
-    THIN_DISTANCES.
+    THIN_DISTANCES. Void needs a block of 2x2 pixels to be sure: a mixture of two classes often hits one of its colours by chance,
+    and would put a dark ring round cars.
 
     Args:
         rgb: uint8 (H, W, 3).
@@ -136,23 +147,27 @@ def settle_edges(rgb: np.ndarray, bits: np.ndarray, label: np.ndarray) -> np.nda
     Returns:
         label, uint8 (H, W), ids 0..19.
     """
-    H, W = label.shape
-    everywhere = int(np.bitwise_or.reduce(bits, axis=None)) or -1  # not one sure pixel: any colour may be
-    edges = np.flatnonzero(bits == 0)
+    padded = np.pad(bits, 1)
+    blocks = padded[1:, 1:] & padded[:-1, 1:] & padded[1:, :-1] & padded[:-1, :-1]  # (H + 1, W + 1): all four agree
+    in_block = blocks[1:, 1:] | blocks[:-1, 1:] | blocks[1:, :-1] | blocks[:-1, :-1]  # (H, W)
+    sure = bits & (in_block | ~VOID_BITS)
+    edges = np.flatnonzero(sure == 0)
     if not len(edges):
         return label
-
-    padded = np.pad(bits, 2)
-    rows = functools.reduce(np.bitwise_or, (padded[:, shift : shift + W] for shift in range(5)))
-    around = functools.reduce(np.bitwise_or, (rows[shift : shift + H] for shift in range(5))).take(edges)
+    around = spread(sure).take(edges)
+    around = np.where(around == 0, spread(bits).take(edges), around)  # where chance hits are all there is, they count
+    everywhere = int(np.bitwise_or.reduce(bits, axis=None)) or -1  # not one sure pixel: any colour may be
     around[around == 0] = everywhere
 
     # Colour by colour, and only where it may be: a matrix of all distances would take twice as long.
     pixels = to_features(rgb.reshape(-1, 3).take(edges, axis=0))  # (3, N)
     best, ids = np.full(len(edges), np.inf, dtype=np.float32), np.zeros(len(edges), dtype=np.uint8)
     for index, (color_id, color) in enumerate(zip(COLOR_TO_ID.tolist(), to_features(COLORS).T)):
-        reach = THIN_DISTANCES.get(CLASS_NAMES[color_id])
-        if reach is None and not everywhere >> index & 1:
+        if color_id in THIN_DISTANCES:
+            reach = THIN_DISTANCES[color_id]
+        elif everywhere >> index & 1:
+            reach = EXACT if index >= len(CLASSES) else 0
+        else:
             continue
         supported = (around & (1 << index)).astype(bool)
         here = slice(None) if reach else np.flatnonzero(supported)

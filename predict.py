@@ -4,6 +4,7 @@ From Python: `label = Segmenter("runs/x/best.pth")(photo)`.
 """
 import time
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -133,12 +134,13 @@ def plan_outputs(args: Namespace) -> list[tuple[Path, Path]]:
         raise utils.UserError(f"--output {args.output}: a mask holds class ids, which only PNG keeps; name it {args.output.stem}.png")
     if not one_file and args.output.is_file():
         raise utils.UserError(f"--output {args.output} is a file, and {len(photos)} masks need a folder; name a folder")
-    stems = [path.stem for path in photos]
+    stems = Counter(path.stem for path in photos)
     outputs = [args.output] if one_file else [
         # a.jpg and a.png become a.jpg.png and a.png.png
-        args.output / (f"{path.stem}.png" if stems.count(path.stem) == 1 else f"{path.name}.png") for path in photos]
+        args.output / (f"{path.stem}.png" if stems[path.stem] == 1 else f"{path.name}.png") for path in photos]
+    times, originals = Counter(outputs), {path.resolve() for path in photos}
     for output in outputs:
-        if outputs.count(output) > 1 or output.resolve() in {path.resolve() for path in photos}:
+        if times[output] > 1 or output.resolve() in originals:
             raise utils.UserError(f"{output} would be written twice or over a photo; choose another --output or fewer folders at once")
     return list(zip(photos, outputs))
 

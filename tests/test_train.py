@@ -20,7 +20,6 @@ from PIL import Image
 
 import dataset
 import metrics
-import predict
 import train
 from conftest import ROOT, SMALL, start
 from predict import Segmenter
@@ -244,3 +243,185 @@ def test_resuming_from_a_bare_state_dict_starts_a_new_run_from_its_weights(run_d
     train.main(["--resume", str(tmp_path / "bare.pth"), *arguments(scenes, tmp_path / "run", "--num_epochs", 1)])
     assert "holds weights alone" in capsys.readouterr().out
     assert torch.load(tmp_path / "run" / "last.pth", weights_only=True)["epoch"] == 1
+
+
+# --- Many processes -----------------------------------------------------------------------------------------------------
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return str(server.getsockname()[1])
+
+
+def start_ranks(main, argv, n_ranks, folder):
+    """The processes that torchrun would start, and their logs."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(n_ranks), "LOCAL_WORLD_SIZE": str(n_ranks)}
+    logs = [folder / f"rank{rank}of{n_ranks}" for rank in range(n_ranks)]
+    return [start(main, argv, log, RANK=str(rank), LOCAL_RANK=str(rank), **address) for rank, log in enumerate(logs)], logs
+
+
+def test_any_number_of_ranks_scores_a_split_alike(scenes, run_dir, tmp_path):
+    """7 composites over 1, 2 and 3 ranks: the same table, digit for digit, printed by rank 0 alone."""
+    tables = []
+    for n_ranks in (1, 2, 3):
+        argv = ["--evaluate", run_dir / "best.pth", "--data_dir", scenes, "--device", "cpu"]
+        processes, logs = start_ranks(train.main, argv, n_ranks, tmp_path)
+        for process, log in zip(processes, logs):
+            process.join(180)
+            assert process.exitcode == 0, log.read_text()
+        tables.append(logs[0].read_text().split("class  ")[1])
+        assert all("dice" not in log.read_text() for log in logs[1:])
+    assert tables[0] == tables[1] == tables[2] and "bicycle" in tables[0]
+
+
+def take_one_step(argv):
+    """One SGD step on this rank's share of four images, batch-norm statistics frozen; rank 0 saves the gradients."""
+    import model as models
+    from utils import Runtime
+    runtime = Runtime.start("cpu", "off")
+    torch.manual_seed(0)
+    images, labels = torch.randn(4, 3, 64, 64), torch.randint(20, (4, 64, 64))
+    network = models.EfficientSegNet(20, "none").eval()
+    wrapped = torch.nn.parallel.DistributedDataParallel(network) if runtime.world_size > 1 else network
+    share = slice(runtime.rank, None, runtime.world_size)
+    metrics.cross_entropy(wrapped(images[share]), labels[share]).backward()
+    if runtime.rank == 0:
+        torch.save({name: p.grad for name, p in network.named_parameters() if p.requires_grad}, argv[0])
+    runtime.close()
+
+
+def test_two_ranks_with_batch_two_take_the_step_of_one_with_batch_four(tmp_path):
+    gradients = []
+    for n_ranks in (1, 2):
+        processes, logs = start_ranks(take_one_step, [tmp_path / f"{n_ranks}.pth"], n_ranks, tmp_path)
+        for process, log in zip(processes, logs):
+            process.join(120)
+            assert process.exitcode == 0, log.read_text()
+        gradients.append(torch.load(tmp_path / f"{n_ranks}.pth", weights_only=True))
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_torchrun_trains_and_one_process_resumes(scenes, tmp_path):
+    output = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}", "train.py",
+               *arguments(scenes, output, "--num_epochs", 1, "--batch_size", 2)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "2 x 2 = 4 images a step" in done.stdout and done.stdout.count("Device ") == 1
+    assert not any(key.startswith("module.") for key in weights(output / "last.pth"))
+    train.main(["--resume", str(output / "last.pth"), "--num_epochs", "2"])
+    assert torch.load(output / "last.pth", weights_only=True)["epoch"] == 2
+
+
+def test_a_rank_that_dies_takes_the_others_down_and_the_run_resumes(scenes, tmp_path):
+    output = tmp_path / "run"
+    processes, logs = start_ranks(train.main, arguments(scenes, output, "--num_epochs", 300, "--batch_size", 2), 2, tmp_path)
+    while not (output / "last.pth").exists():
+        time.sleep(0.1)
+        assert processes[0].is_alive(), logs[0].read_text()
+    processes[1].kill()
+    processes[0].join(60)
+    assert processes[0].exitcode not in (0, None) and "onnection" in logs[0].read_text()
+    epoch = torch.load(output / "last.pth", weights_only=True)["epoch"]
+    train.main(["--resume", str(output / "last.pth"), "--num_epochs", str(epoch + 1)])
+    assert torch.load(output / "last.pth", weights_only=True)["epoch"] == epoch + 1
+
+
+# --- Mistakes -----------------------------------------------------------------------------------------------------------
+
+
+def test_mistakes_end_in_one_line_before_any_training(scenes, own_scenes, run_dir, tmp_path, fails):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "no_val" / "train").mkdir(parents=True)
+    shutil.copy(scenes / "train" / "1.jpg", tmp_path / "no_val" / "train")
+    (own_scenes / "val" / "4.jpg").write_bytes(b"damaged")
+    torch.save({"features.0.0.weight": torch.zeros(1)}, tmp_path / "other_net.pth")
+    torch.save({"out.weight": torch.zeros(20, 24, 1, 1)}, tmp_path / "other_architecture.pth")
+    checkpoint = torch.load(run_dir / "last.pth", weights_only=True)
+    torch.save(checkpoint | {"optimizer": {"state": {}, "param_groups": []}}, tmp_path / "other_optimizer.pth")
+    whole = (run_dir / "last.pth").read_bytes()
+    (tmp_path / "truncated.pth").write_bytes(whole[:100_000])
+    (tmp_path / "newer.pth").write_bytes(newer_torch(run_dir / "last.pth", tmp_path / "copy.pth"))
+    output = tmp_path / "run"
+    good = ["--data_dir", scenes, "--output_dir", output, *SMALL]
+    rows = [
+        (["--data_dir", tmp_path / "nowhere", "--output_dir", output], 1, ["nowhere", "is missing", "--demo", "pix2pix"]),
+        (["--data_dir", tmp_path / "no_val", "--output_dir", output], 1, ["no_val/val", "is missing"]),
+        (["--data_dir", own_scenes, "--output_dir", output, *SMALL], 1, ["val/4.jpg", "replace or remove it"]),
+        ([*good, "--num_classes", "19"], 1, ["1.jpg", "class id 19 (bicycle)", "--num_classes 20"]),
+        ([*good, "--num_classes", "21"], 1, ["--num_classes 21", "0..19"]),
+        ([*good, "--num_classes", "0"], 2, ["--num_classes", "1 or more"]),
+        ([*good, "--batch_size", "0"], 2, ["--batch_size", "1 or more"]),
+        ([*good, "--learning_rate", "-0.1"], 2, ["--learning_rate", "above 0"]),
+        ([*good, "--image_size", "0"], 1, ["--image_size 0", "positive multiple of 32"]),
+        ([*good, "--image_size", "100"], 1, ["--image_size 100", "positive multiple of 32"]),
+        ([*good, "--device", "cuda:77"], 1, ["--device cuda:77"]),
+        ([*good, "--device", "toaster"], 1, ["--device toaster", "expected auto, cpu"]),
+        ([*good, "--encoder_weights", tmp_path / "other_net.pth"], 1, ["other_net.pth", "efficientnet_b0"]),
+        ([*good, "--encoder_weights", tmp_path / "absent.pth"], 1, ["absent.pth", "check the path"]),
+        (["--data_dir", scenes, "--output_dir", run_dir, *SMALL], 1, ["holds a run already", "--resume"]),
+        (["--data_dir", scenes, "--output_dir", tmp_path / "file" / "run", *SMALL], 1, ["cannot be made"]),
+        (["--resume", tmp_path / "absent.pth"], 1, ["absent.pth", "check the path"]),
+        (["--resume", tmp_path], 1, ["cannot be read"]),
+        (["--resume", tmp_path / "truncated.pth"], 1, ["truncated.pth", "undamaged"]),
+        (["--resume", tmp_path / "newer.pth"], 1, ["newer.pth", "update torch"]),
+        (["--resume", tmp_path / "other_architecture.pth", "--data_dir", scenes, "--output_dir", tmp_path / "r"], 1, ["missing"]),
+        (["--resume", tmp_path / "other_optimizer.pth"], 1, ["other_optimizer.pth", "does not fit"]),
+        (["--resume", run_dir / "last.pth"], 1, ["finished its 2 epochs", "--num_epochs 12"]),
+        (["--resume", run_dir / "last.pth", "--num_classes", "7"], 1, ["--num_classes 7", "20 classes"]),
+        (["--evaluate", tmp_path / "file"], 1, [tmp_path / "file"]),
+        ([*good, "--num_epoch", "3"], 2, ["did you mean --num_epochs?"]),
+    ]
+    before = {path: path.read_bytes() for path in run_dir.iterdir()}
+    for argv, status, words in rows:
+        fails(train.main, argv, *words, status=status)
+        assert not (output / "history.csv").exists()
+    assert before == {path: path.read_bytes() for path in run_dir.iterdir()}
+
+
+def newer_torch(checkpoint, copy):
+    """A checkpoint whose archive says that a torch of the far future wrote it."""
+    import zipfile
+    with zipfile.ZipFile(checkpoint) as old, zipfile.ZipFile(copy, "w") as new:
+        for entry in old.infolist():
+            new.writestr(entry, b"99\n" if entry.filename.endswith("/version") else old.read(entry))
+    return copy.read_bytes()
+
+
+def test_a_loss_that_is_no_number_stops_at_its_step_and_keeps_the_last_checkpoint(scenes, run_dir, tmp_path, fails, monkeypatch):
+    output = Path(shutil.copytree(run_dir, tmp_path / "run"))
+    real, calls = metrics.cross_entropy, []
+
+    def diverge(logits, labels):
+        calls.append(1)
+        return real(logits, labels) * (float("nan") if len(calls) == 2 else 1)
+
+    monkeypatch.setattr(metrics, "cross_entropy", diverge)
+    fails(train.main, ["--resume", output / "last.pth", "--num_epochs", "3"], "became nan at step 2", "--learning_rate", "--amp off")
+    assert torch.load(output / "last.pth", weights_only=True)["epoch"] == 2
+
+
+def test_running_out_of_device_memory_names_a_batch_that_may_fit(scenes, tmp_path, fails, monkeypatch):
+    def refuse(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(metrics, "cross_entropy", refuse)
+    fails(train.main, arguments(scenes, tmp_path / "run", "--batch_size", 6), "ran out of memory", "--batch_size 6", "try --batch_size 3")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write and read everywhere")
+def test_folders_and_files_without_permission_are_named(own_scenes, tmp_path, fails):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    fails(train.main, arguments(own_scenes, tmp_path / "locked" / "run"), "locked", "choose a folder you can write to")
+    (own_scenes / "train" / "2.jpg").chmod(0)
+    fails(train.main, arguments(own_scenes, tmp_path / "run"), "2.jpg", "Permission denied")
+
+
+def test_nothing_is_unpickled_without_weights_only():
+    for path in ROOT.glob("*.py"):
+        source = path.read_text()
+        assert source.count("torch.load(") == source.count("weights_only=True"), path
+        assert "weights_only=False" not in source and "import pickle" not in source or path.name == "model.py", path
+        assert "shell=True" not in source and "os.system" not in source, path
