@@ -46,7 +46,7 @@ CLASS_NAMES = [entry.name for entry in CLASSES]
 PALETTE = np.array([entry.color for entry in CLASSES], dtype=np.uint8)  # (20, 3)
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB in 0..1: what the encoder was trained with
-MIN_CROP = 0.5  # smallest side of the random crop: objects appear at up to twice their size
+MIN_CROP = 0.8  # smallest side of the random crop: 0.5 cost 0.04 dice in a first epoch at 128x128
 PHOTOMETRIC = 0.2  # largest relative change of brightness and of contrast
 MIN_PALETTE_SHARE = 0.4  # of a label's pixels in an official colour: Cityscapes' labels have 0.67 and more, photos up to 0.22
 COMPOSITE_SUFFIXES = (".jpg", ".jpeg", ".png")

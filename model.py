@@ -15,6 +15,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models import EfficientNet_B0_Weights, efficientnet_b0
 from torchvision.ops import Conv2dNormActivation
 
+# Skip features of a trained encoder are some twenty times as large as what a fresh upsampler puts out, and would drown it.
+UPSAMPLER_GAIN = 10
 ENCODERS = ("encoder1", "encoder2", "encoder3", "encoder4", "encoder5")
 
 
@@ -33,6 +35,8 @@ class SegNetDecoder(nn.Module):
     def __init__(self, in_ch: int, out_ch: int) -> None:
         super().__init__()
         self.upsampler = nn.ConvTranspose2d(in_ch, out_ch, kernel_size=2, stride=2)
+        with torch.no_grad():
+            self.upsampler.weight.mul_(UPSAMPLER_GAIN)
         self.conv_block = nn.Sequential(
             nn.Conv2d(out_ch, out_ch, kernel_size=3, padding=1), nn.BatchNorm2d(out_ch), nn.ReLU(inplace=True)
         )
@@ -54,14 +58,14 @@ class EfficientSegNet(nn.Module):
     Args:
         n_classes: channels of the output.
         encoder_weights: "imagenet" (torchvision's IMAGENET1K_V1, downloaded once), "none" (random) or the path of a
-            torchvision efficientnet_b0 state_dict, with or without its classifier.
+            torchvision efficientnet_b0 state_dict, with or without its classifier; None where a state_dict is loaded next.
         finetune_encoder: train the encoder's weights too (its batch-norm statistics stay frozen).
     Raises:
         WeightsError: the download failed, or the file is not an efficientnet_b0 state_dict.
     """
 
     def __init__(
-        self, n_classes: int, encoder_weights: str | Path = "imagenet", *, finetune_encoder: bool = False
+        self, n_classes: int, encoder_weights: str | Path | None = "imagenet", *, finetune_encoder: bool = False
     ) -> None:
         super().__init__()
         features = load_backbone(encoder_weights).features
@@ -129,12 +133,14 @@ class EfficientSegNet(nn.Module):
         return self.out(x)
 
 
-def load_backbone(encoder_weights: str | Path) -> nn.Module:
+def load_backbone(encoder_weights: str | Path | None) -> nn.Module:
     """torchvision's efficientnet_b0 with the weights that EfficientSegNet's `encoder_weights` names.
 
     Raises:
         WeightsError: see EfficientSegNet.
     """
+    if encoder_weights is None:
+        return efficientnet_b0()
     if str(encoder_weights) == "none":
         return calibrate_batch_norms(efficientnet_b0())
     if str(encoder_weights) == "imagenet":
@@ -197,7 +203,7 @@ def model_from_checkpoint(checkpoint: dict, path: str | Path, *, finetune_encode
         WeightsError: the tensors are those of another architecture.
     """
     n_classes = checkpoint["model"]["out.weight"].shape[0]
-    model = EfficientSegNet(n_classes, encoder_weights="none", finetune_encoder=finetune_encoder)
+    model = EfficientSegNet(n_classes, encoder_weights=None, finetune_encoder=finetune_encoder)
     load_strictly(model, checkpoint["model"], f"checkpoint {path}", "a checkpoint of EfficientSegNet")
     return model
 

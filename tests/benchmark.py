@@ -1,0 +1,210 @@
+"""Speed and memory of this repository against a plain loop, measured in the same run: python tests/benchmark.py --help
+
+The plain loop is what training scripts for this network commonly do: float32, contiguous memory, a DataLoader that opens each
+composite with Pillow and decodes its label with the colour table every epoch, and the encoder inside autograd.
+"""
+import argparse
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import dataset  # noqa: E402
+import metrics  # noqa: E402
+from model import EfficientSegNet  # noqa: E402
+from predict import Segmenter  # noqa: E402
+from utils import Runtime, select_amp, select_device, write_checkpoint  # noqa: E402
+
+
+class PlainDataset(Dataset):
+    """Opens and decodes a composite at every access, with the nearest of the 29 colours from a table."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = paths
+        levels = np.arange(0, 256, 8) + 4
+        rgb = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 1, 3)
+        self.table = dataset.COLOR_TO_ID[((rgb - dataset.COLORS.astype(int)) ** 2).sum(axis=2).argmin(axis=1)]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        composite = np.asarray(Image.open(self.paths[index]).convert("RGB"))
+        r, g, b = (composite[:, 256:] >> 3).astype(int).transpose(2, 0, 1)
+        image = torch.from_numpy(composite[:, :256].copy()).permute(2, 0, 1).float() / 255
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (dataset.MEAN, dataset.STD))
+        return (image - mean) / std, torch.from_numpy(self.table[(r * 32 + g) * 32 + b]).long()
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def rate(work, n_images: int, device: torch.device, repeats: int) -> tuple[float, float]:
+    """Median images a second of `work()`, and the spread (highest less lowest, in percent of it); one run goes first unmeasured."""
+    rates = []
+    for _ in range(repeats + 1):
+        wait(device)
+        started = time.perf_counter()
+        work()
+        wait(device)
+        rates.append(n_images / (time.perf_counter() - started))
+    median = statistics.median(rates[1:])
+    return median, 100 * (max(rates[1:]) - min(rates[1:])) / median
+
+
+def plain_epoch(model, paths, batch_size, device):
+    loader = DataLoader(PlainDataset(paths), batch_size, shuffle=True, drop_last=True)
+    optimizer = torch.optim.AdamW(model.decoder_parameters(), lr=1e-3)
+
+    def work():
+        model.train()
+        total_loss = correct = 0
+        for images, labels in loader:
+            images, labels = images.to(device), labels.to(device)
+            optimizer.zero_grad()
+            logits = model(images)
+            loss = F.cross_entropy(logits, labels)
+            loss.backward()
+            optimizer.step()
+            total_loss += loss.item()
+            correct += (logits.argmax(1) == labels).sum().item()
+
+    return work
+
+
+def fast_epoch(model, data, batch_size, runtime):
+    """What train.train_one_epoch does, without its bar."""
+    loader = DataLoader(data, batch_size, shuffle=True, drop_last=True, collate_fn=dataset.keep_batch,
+                        pin_memory=runtime.device.type == "cuda")
+    optimizer = torch.optim.AdamW(model.decoder_parameters(), lr=1e-3, fused=True)
+    generator = torch.Generator(runtime.device)
+
+    def work():
+        model.train()
+        totals = metrics.SegmentationMetrics(20, runtime.device)
+        for images, labels in loader:
+            images, labels = (batch.to(runtime.device, non_blocking=True) for batch in (images, labels))
+            images, labels = dataset.augment(dataset.normalize(images), labels, generator)
+            with runtime.autocast():
+                logits = model(images)
+            loss = metrics.cross_entropy(logits, labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            totals.update(logits.argmax(1), labels, loss)
+        totals.compute()
+
+    return work
+
+
+def bare_network(model, batch_size, n_steps, runtime):
+    """The network, its loss and its optimizer on one fixed random batch: what an epoch would cost if nothing else did."""
+    images = torch.randn(batch_size, 3, 256, 256, device=runtime.device).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(20, (batch_size, 256, 256), device=runtime.device)
+    optimizer = torch.optim.AdamW(model.decoder_parameters(), lr=1e-3, fused=True)
+
+    def work():
+        model.train()
+        for _ in range(n_steps):
+            with runtime.autocast():
+                logits = model(images)
+            metrics.cross_entropy(logits, labels).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    return work
+
+
+@torch.inference_mode()
+def run_evaluation(model, loader, prepare, update, device, autocast):
+    model.eval()
+    for images, labels in loader:
+        with autocast():
+            logits = model(prepare(images.to(device)))
+        update(logits, labels.to(device))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer images and repeats: within a minute")
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    device = select_device(args.device)
+    runtime = Runtime(device, *select_amp("auto", device))
+    n_images, repeats = (16, 1) if args.quick else (96, 5)
+
+    print(f"{platform.processor() or platform.machine()}, {dataset.available_cpus()} cores, {runtime}")
+    print(f"Python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}; "
+          f"{n_images} synthetic composites at 256x256, median of {repeats}\n")
+    print(f"{'':<44}{'plain loop':>11}{'this':>9}{'ratio':>7}{'spread':>8}")
+
+    def report(name: str, plain: tuple[float, float] | None, this: tuple[float, float], unit: str = "images/s") -> None:
+        ratio = f"{plain[0] and f'{plain[0]:.1f}':>11}{this[0]:>9.1f}{this[0] / plain[0]:>7.2f}" if plain else f"{'':>11}{this[0]:>9.1f}{'':>7}"
+        print(f"{name + ', ' + unit:<44}{ratio}{max(this[1], plain[1] if plain else 0):>7.0f}%", flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        dataset.write_demo(folder, {"train": n_images})
+        paths = dataset.list_images(Path(folder, "train"))
+        plain_data = PlainDataset(paths)
+        plain_load = rate(lambda: [plain_data[i] for i in range(len(paths))], len(paths), torch.device("cpu"), repeats)
+        data = []
+        load = rate(lambda: data.append(dataset.CompositeDataset(Path(folder, "train"), show_progress=False)), len(paths),
+                    torch.device("cpu"), repeats)
+        report("reading the data set", plain_load, load)
+        data = data[-1]
+        label_rgb = np.asarray(Image.open(paths[0]))[:, 256:]
+        decoding = rate(lambda: [dataset.decode_label(label_rgb) for _ in range(20)], 20, torch.device("cpu"), repeats)
+        print(f"{'  of which decode_label, ms':<44}{'':>11}{1000 / decoding[0]:>9.2f}")
+
+        plain_model = EfficientSegNet(20, "none", finetune_encoder=True).to(device)  # the encoder inside autograd
+        model = EfficientSegNet(20, "none").to(device, memory_format=torch.channels_last).fold_encoder()
+        for batch_size in (4, 16):
+            n_trained = len(paths) // batch_size * batch_size
+            memory = []
+            for work in (plain_epoch(plain_model, paths, batch_size, device), fast_epoch(model, data, batch_size, runtime)):
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+                    torch.cuda.reset_peak_memory_stats()
+                memory.append(rate(work, n_trained, device, repeats))
+                if device.type == "cuda":
+                    print(f"  peak device memory at batch {batch_size}: {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB")
+            report(f"training, batch {batch_size}", *memory)
+            bare = rate(bare_network(model, batch_size, n_trained // batch_size, runtime), n_trained, device, repeats)
+            print(f"{f'  of which the bare network, % of the time':<44}{'':>11}{100 * memory[1][0] / bare[0]:>9.1f}")
+
+        def count(logits, labels):
+            return (logits.argmax(1) == labels).sum().item()
+
+        plain_loader = DataLoader(plain_data, 4)
+        loader = DataLoader(data, 16, collate_fn=dataset.keep_batch)
+        totals = metrics.SegmentationMetrics(20, device)
+        off = Runtime(device, None, "")
+        report("evaluation",
+               rate(lambda: run_evaluation(plain_model, plain_loader, lambda x: x, count, device, off.autocast), len(paths), device, repeats),
+               rate(lambda: run_evaluation(model, loader, dataset.normalize,
+                                           lambda logits, labels: totals.update(logits.argmax(1), labels), device, runtime.autocast),
+                    len(paths), device, repeats))
+
+        write_checkpoint(Path(folder, "model.pth"), {"model": model.state_dict(), "config": {"image_size": 256}})
+        segmenter = Segmenter(Path(folder, "model.pth"), args.device)
+        photo = Image.fromarray(dataset.draw_scene(0)[0]).resize((2048, 1024))
+        report("predicting a photo of 2048x1024", None, rate(lambda: segmenter(photo), 1, device, 5), "photos/s")
+    print(f"\npeak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+
+
+if __name__ == "__main__":
+    main()
