@@ -48,7 +48,7 @@ PALETTE = np.array([entry.color for entry in CLASSES], dtype=np.uint8)  # (20, 3
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB in 0..1: what the encoder was trained with
 MIN_CROP = 0.8  # smallest side of the random crop: 0.5 cost 0.04 dice in a first epoch at 128x128
 PHOTOMETRIC = 0.2  # largest relative change of brightness and of contrast
-MIN_PALETTE_SHARE = 0.4  # of a label's pixels in an official colour: Cityscapes' labels have 0.67 and more, photos up to 0.22
+MIN_PALETTE_SHARE = 0.45  # of a label's pixels in an official colour: Cityscapes' labels have 0.62 and more, photos up to 0.32
 COMPOSITE_SUFFIXES = (".jpg", ".jpeg", ".png")
 DATA_HELP = (
     "Expected: a folder with train/ and val/, each full of 256x512 composites (photo left, colour-coded label right), JPEG or PNG. "

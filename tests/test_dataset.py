@@ -180,7 +180,7 @@ BAD_COMPOSITES = {
     "text": (lambda path: path.write_text("no picture"), ["cannot be read as an image"]),
     "empty": (lambda path: path.write_bytes(b""), ["cannot be read as an image"]),
     "swapped": (swap_halves, ["halves are swapped", "photo left"]),
-    "no label": (photo_twice, ["no colour-coded label", "expected 40%"]),
+    "no label": (photo_twice, ["no colour-coded label", "expected 45%"]),
     "square": (lambda path: Image.new("RGB", (256, 256)).save(path), ["256x256", "twice as wide as high"]),
     "dot": (lambda path: Image.new("RGB", (1, 1)).save(path), ["1x1"]),
     "bomb": (lambda path: Image.new("1", (30000, 15000)).save(path, "PNG"), ["decompression bomb"]),
