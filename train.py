@@ -459,7 +459,7 @@ def main(argv: list[str] | None = None) -> None:
     with utils.user_errors(dataset.DatasetError, models.WeightsError):
         args, checkpoint = parse_args(argv)
         runtime = Runtime.start(args.device, args.amp)
-        with contextlib.closing(runtime), interruptible(args, runtime):
+        with interruptible(args, runtime):
             runtime.log(f"Device      {runtime}")
             if checkpoint and "optimizer" not in checkpoint and (args.resume or not checkpoint["config"]):
                 runtime.log(f"Checkpoint  {args.resume or args.evaluate} holds weights alone: class names and image size are the "
@@ -478,6 +478,7 @@ def main(argv: list[str] | None = None) -> None:
                 log_scores(evaluate(model, loader, args.num_classes, runtime), args, runtime)
             else:
                 fit(model, data, checkpoint, args, runtime)
+            runtime.close()
 
 
 if __name__ == "__main__":

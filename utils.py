@@ -184,7 +184,9 @@ class Runtime:
             dist.barrier()
 
     def close(self) -> None:
-        if dist.is_initialized():
+        """Leave the other processes, once all have done their work."""
+        self.wait()
+        if dist.is_initialized() and dist.get_backend() == "nccl":  # gloo needs none, and torch 2.7's may hang in it
             dist.destroy_process_group()
 
     def autocast(self) -> torch.autocast:

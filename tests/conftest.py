@@ -32,7 +32,7 @@ def run_in_process(main, argv, log, environment):
 
 def start(main, argv, log, **environment):
     """Start main(argv) as a real process; its output goes to `log`."""
-    process = FORKSERVER.Process(target=run_in_process, args=(main, argv, log, environment))
+    process = FORKSERVER.Process(target=run_in_process, args=(main, argv, log, environment), daemon=True)
     process.start()
     return process
 
