@@ -55,7 +55,7 @@ def get_args_parser() -> utils.ArgumentParser:
     recipe.add_argument("--num_epochs", type=utils.positive_int, default=10, metavar="N",
                         help="passes over train/, %(default)s if left out")
     recipe.add_argument("--batch_size", type=utils.positive_int, default=4, metavar="N",
-                        help="images a step in each process, %(default)s if left out: fits a 2 GB card")
+                        help="images a step in each process, %(default)s if left out")
     recipe.add_argument("--learning_rate", type=utils.positive_float, default=1e-3, metavar="RATE",
                         help="AdamW's peak learning rate, %(default)s if left out; a cosine brings it down to 1%% of that")
     recipe.add_argument("--num_classes", type=utils.positive_int, default=len(dataset.CLASSES), metavar="N",
@@ -323,6 +323,7 @@ def fit(model: models.EfficientSegNet, data: dict, checkpoint: dict | None, args
                 f"{args.batch_size * runtime.world_size} images a step, learning rate up to {args.learning_rate:g}, seed {args.seed}")
     runtime.log(f"Output      {args.output_dir}\n\n{EPOCH_HEADER}")
 
+    images_per_epoch = min(len(loader) * args.batch_size, len(sampler)) * runtime.world_size  # one short batch if there is but one
     started, first_epoch = time.monotonic(), len(history) + 1
     for epoch in range(first_epoch, args.num_epochs + 1):
         epoch_started = time.monotonic()
@@ -330,7 +331,7 @@ def fit(model: models.EfficientSegNet, data: dict, checkpoint: dict | None, args
         seed = np.random.SeedSequence((args.seed, epoch, runtime.rank)).generate_state(1, np.uint64)[0] >> 1
         generator = torch.Generator(runtime.device).manual_seed(int(seed))
         totals = metrics.SegmentationMetrics(args.num_classes, runtime.device)
-        with tqdm(total=len(loader) * args.batch_size * runtime.world_size, desc=f"Epoch {epoch}/{args.num_epochs}", unit="image",
+        with tqdm(total=images_per_epoch, desc=f"Epoch {epoch}/{args.num_epochs}", unit="image",
                   leave=False, disable=None if runtime.rank == 0 else True) as bar:
             train_one_epoch(network, loader, optimizer, scheduler, scaler, generator, totals, bar, runtime)
         train_seconds = time.monotonic() - epoch_started
@@ -347,19 +348,15 @@ def fit(model: models.EfficientSegNet, data: dict, checkpoint: dict | None, args
             "val_loss": val_figures["loss"], "val_dice": val_figures["dice"],
             "val_mean_dice": val_figures["mean_dice"], "val_mean_iou": val_figures["mean_iou"],
             "seconds": time.monotonic() - epoch_started,
-            "images_per_second": len(loader) * args.batch_size * runtime.world_size / train_seconds,
+            "images_per_second": images_per_epoch / train_seconds,
         })
         is_best = val_figures["dice"] > best_dice
         best_dice = max(best_dice, val_figures["dice"])
         if runtime.rank == 0:
             checkpoint = {"model": model.state_dict(), "epoch": epoch, "best_dice": best_dice, "config": config}
-            if is_best:
-                utils.write_checkpoint(args.output_dir / "best.pth", checkpoint)
-            utils.write_checkpoint(args.output_dir / "last.pth", checkpoint | {
-                "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "scaler": scaler.state_dict(),
-                "history": history})
-            utils.write_csv(args.output_dir / "history.csv", history)
-            utils.plot_curves(history, args.output_dir / "curves.png")
+            progress = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "scaler": scaler.state_dict(),
+                        "history": history}
+            save_epoch(args.output_dir, checkpoint, progress, is_best)
         left = (time.monotonic() - started) / (epoch - first_epoch + 1) * (args.num_epochs - epoch)
         runtime.log(format_epoch(history[-1], args.num_epochs, is_best, left))
 
@@ -374,6 +371,15 @@ def fit(model: models.EfficientSegNet, data: dict, checkpoint: dict | None, args
         utils.write_csv(args.output_dir / "per_class.csv", rows)
         draw_results(compiled, data["val"], totals, args, runtime)
         runtime.log("\nWritten:\n" + "\n".join(f"  {args.output_dir / name}" for name in RUN_FILES))
+
+
+def save_epoch(output_dir: Path, checkpoint: dict, progress: dict, is_best: bool) -> None:
+    """Write what an epoch leaves, the picture last. best.pth goes before last.pth: after a kill between them the epoch is done again."""
+    if is_best:
+        utils.write_checkpoint(output_dir / "best.pth", checkpoint)
+    utils.write_checkpoint(output_dir / "last.pth", checkpoint | progress)
+    utils.write_csv(output_dir / "history.csv", progress["history"])
+    utils.plot_curves(progress["history"], output_dir / "curves.png")
 
 
 def share_weights(model: nn.Module, runtime: Runtime) -> None:

@@ -58,8 +58,8 @@ def large_labels():
 
 @pytest.mark.parametrize("resampling, limit", [(Image.Resampling.NEAREST, 0.008), (Image.Resampling.BICUBIC, 0.015)])
 def test_rendered_scenes_decode_to_their_truth(large_labels, resampling, limit, capsys):
-    """Drawn at 1024, shrunk to 256, compressed: under 0.8% of the pixels wrong (1.5% where shrinking has mixed the colours too),
-    and half of what the nearest colour gets wrong."""
+    """Drawn at 1024, shrunk to 256, compressed: under 0.8% of the pixels differ from the label shrunk by nearest, under 1.5% from the
+    commonest class of the source area where bicubic has mixed the colours, and half of what the nearest colour gets wrong."""
     wrong = {"20 colours": [], "29 colours": [], "decode_label": []}
     for label in large_labels:
         rgb = through_jpeg(np.asarray(Image.fromarray(dataset.colorize(label)).resize((256, 256), resampling)))
@@ -229,10 +229,11 @@ def test_augmentation_moves_photo_and_label_together():
     images = labels[:, None].float().repeat(1, 3, 1, 1)
     moved, moved_labels = dataset.augment(images, labels, generator)
     assert moved.shape == images.shape and moved_labels.dtype == torch.uint8
-    for image, label in zip(moved, moved_labels):
-        ids = label.unique().tolist()
-        levels = [image[0][label == i].median().item() for i in ids]
-        assert np.corrcoef(ids, levels)[0, 1] > 0.8  # brightness and contrast are linear
+    for image, label in zip(moved, moved_labels.float()):
+        highest, lowest = (sign * torch.nn.functional.max_pool2d(sign * label[None], 5, stride=1, padding=2)[0] for sign in (1, -1))
+        inside = highest == lowest  # away from edges, where bilinear and nearest differ
+        assert inside.float().mean() > 0.1
+        assert np.corrcoef(label[inside], image[0][inside])[0, 1] > 0.999  # brightness and contrast are linear
     assert not torch.equal(moved_labels, labels)
 
 
