@@ -5,6 +5,7 @@ program, this file makes composites from the original Cityscapes download: pytho
 """
 import argparse
 import functools
+import itertools
 import os
 import re
 import warnings
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 
@@ -65,12 +66,14 @@ class DatasetError(Exception):
 
 COLORS = np.array([*PALETTE, *VOID_COLORS.values()], dtype=np.uint8)  # (29, 3)
 COLOR_TO_ID = np.array([*range(len(CLASSES)), *[0] * len(VOID_COLORS)], dtype=np.uint8)  # (29,)
+ANY_COLOR = np.int32((1 << len(COLORS)) - 1)  # as a set of colours, a bit each
 VOID_BITS = np.int32(sum(1 << index for index in range(len(CLASSES), len(COLORS))))
 SURE_DISTANCE = 12  # in RGB: flat areas stay within 6 of their colour at quality 95
-# These are often too thin to hold one pure pixel. They are taken without any where the pixel is this close to them: a mixture
-# of two others seldom looks like a traffic light's orange, and often like a pole's grey.
-THIN_DISTANCES = {CLASS_NAMES.index("pole"): 22, CLASS_NAMES.index("traffic light"): 58, CLASS_NAMES.index("traffic sign"): 58}
-EXACT = 2  # a void colour hit this closely is no chance
+LUMA_WEIGHT = 4  # 4:2:0 keeps luma sharp and blurs chroma, so luma tells better on which side of an edge a pixel lies
+# Some things are too thin to hold one pure pixel. No mixture of two other colours looks like the orange and yellow of these, and the
+# grey of poles is a mixture's too, but seldom at their brightness.
+STANDALONE = (CLASS_NAMES.index("traffic light"), CLASS_NAMES.index("traffic sign"))
+POLE, POLE_DISTANCE = CLASS_NAMES.index("pole"), 25  # in to_features
 
 
 def colorize(label: np.ndarray) -> np.ndarray:
@@ -78,108 +81,126 @@ def colorize(label: np.ndarray) -> np.ndarray:
     return PALETTE[label]
 
 
+class ColorTables(NamedTuple):
+    """What the decoder knows of each RGB value, 6 bits a channel; a set of colours is a bit mask over COLORS."""
+
+    nearest: np.ndarray  # index into COLORS, uint8 (64**3,)
+    sure: np.ndarray  # the colour it surely is, or no bit, int32 (64**3,)
+    rim: np.ndarray  # 6 bits do not tell whether it is sure, bool (64**3,)
+    alone: np.ndarray  # the colours that it may be where none of them surely stands beside it, int32 (64**3,)
+    ranking: np.ndarray  # indices into COLORS, the nearest in to_features first, uint8 (29, 64**3)
+
+
 @functools.cache
-def sure_colors() -> tuple[np.ndarray, np.ndarray]:
-    """For each RGB value in 6 bits a channel: the bit of the colour it surely is, or 0, int32 (64**3,), and its class id."""
+def color_tables() -> ColorTables:
+    """Built once, in a third of a second."""
     levels = np.arange(64, dtype=np.float32) * 4 + 1.5
-    rgb = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
-    bits, ids = np.zeros(len(rgb), dtype=np.int32), np.zeros(len(rgb), dtype=np.uint8)
-    nearest = np.full(len(rgb), SURE_DISTANCE**2, dtype=np.float32)
-    for index, color in enumerate(COLORS):  # one by one: all at once would take 90 MB
-        distance = ((rgb - color) ** 2).sum(axis=1)
-        closer = distance < nearest
-        bits[closer], ids[closer], nearest[closer] = 1 << index, COLOR_TO_ID[index], distance[closer]
-    return bits, ids
+    rgb = np.stack(np.meshgrid(levels, levels, levels, indexing="ij")).reshape(3, -1)  # (3, 64**3)
+    features = to_features(rgb)
+    keys = np.empty((rgb.shape[1], len(COLORS)), dtype=np.int32)  # distance above, index below, so that one sort ranks them
+    nearest, distance = np.zeros(len(keys), dtype=np.uint8), np.full(len(keys), np.inf, dtype=np.float32)
+    for index, color in enumerate(COLORS.astype(np.float32)[:, :, None]):
+        keys[:, index] = ((features - to_features(color)) ** 2).sum(axis=0).astype(np.int32) * 32 + index
+        to_color = np.sqrt(((rgb - color) ** 2).sum(axis=0))
+        nearest[to_color < distance] = index
+        distance = np.minimum(distance, to_color)
+    bit = np.int32(1) << nearest
+    alone = np.where(np.isin(nearest, STANDALONE), bit, 0)
+    alone[keys[:, POLE] // 32 < POLE_DISTANCE**2] |= 1 << POLE
+    alone[table_index(COLORS)] |= 1 << np.arange(len(COLORS))  # an exact colour is no chance
+    keys.sort(axis=1)
+    return ColorTables(
+        nearest,
+        sure=np.where(distance < SURE_DISTANCE, bit, 0),
+        rim=np.abs(distance - SURE_DISTANCE) < 2.6,  # half the diagonal of a cell
+        alone=alone,
+        ranking=np.ascontiguousarray((keys & 31).T, dtype=np.uint8),
+    )
 
 
 def table_index(rgb: np.ndarray) -> np.ndarray:
-    """uint8 (H, W, 3) to the index into sure_colors(), int32 (H, W)."""
-    levels = (rgb >> 2).astype(np.int32)
-    return (levels[..., 0] << 12) | (levels[..., 1] << 6) | levels[..., 2]
+    """uint8 (..., 3) to the index into the tables, int32 (...)."""
+    index = (rgb[..., 0] >> 2).astype(np.int32)
+    for channel in (1, 2):
+        index <<= 6
+        index |= rgb[..., channel] >> 2
+    return index
 
 
 def to_features(rgb: np.ndarray) -> np.ndarray:
-    """uint8 (N, 3) to JPEG's luma, doubled because 4:2:0 keeps it sharp, and its blurred chroma, float32 (3, N)."""
-    r, g, b = rgb.T.astype(np.float32)
+    """float32 (3, N) to JPEG's luma, weighted, and its two chroma channels, float32 (3, N)."""
+    r, g, b = rgb
     y = 0.299 * r + 0.587 * g + 0.114 * b
-    return np.stack([2 * y, 0.564 * (b - y), 0.713 * (r - y)])
+    return np.stack([LUMA_WEIGHT * y, 0.564 * (b - y), 0.713 * (r - y)])
 
 
-def match_palette(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each pixel of uint8 (H, W, 3) the bit of the colour it surely is, or 0, int32 (H, W), and its class id, uint8 (H, W)."""
-    index = table_index(rgb)
-    bits, ids = sure_colors()
-    return bits.take(index), ids.take(index)
+def match_colors(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each pixel of uint8 (H, W, 3) its table_index and the bit of the colour it surely is, or 0; both int32 (H, W)."""
+    tables, index = color_tables(), table_index(rgb)
+    found = tables.sure.take(index)
+    rim = np.flatnonzero(tables.rim.take(index))
+    color = tables.nearest.take(index.ravel().take(rim))
+    difference = rgb.reshape(-1, 3).take(rim, axis=0).astype(np.int32) - COLORS.take(color, axis=0)
+    found.ravel()[rim] = np.where((difference**2).sum(axis=1) < SURE_DISTANCE**2, np.int32(1) << color, 0)
+    return index, found
 
 
 def palette_share(rgb: np.ndarray) -> float:
     """Share of the pixels of uint8 (H, W, 3) whose colour is surely an official one."""
-    return float(np.mean(match_palette(rgb)[0] != 0))
+    return float(np.mean(match_colors(rgb)[1] != 0))
 
 
 def decode_label(rgb: np.ndarray) -> np.ndarray:
     """Colour-coded label uint8 (H, W, 3) to class ids uint8 (H, W), undoing what shrinking and JPEG did to its edges.
 
-    A pixel near an official colour has that class; void colours are 0. Any other is settled by settle_edges.
+    A pixel near an official colour has that class; void colours are 0. A mixed colour may resemble a third class, so its pixel gets
+    the nearest among the colours that surely stand within two pixels (the reach of 4:2:0 chroma) or, where none does, anywhere in
+    the picture.
     """
-    return settle_edges(rgb, *match_palette(rgb))
+    return settle_edges(*match_colors(rgb))
+
+
+def settle_edges(index: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """decode_label for what match_colors returns."""
+    tables = color_tables()
+    # Void needs a block of 2x2 pixels: a mixture of two classes often hits one of its colours, and would put a dark ring round cars.
+    padded = np.pad(found, 1)
+    pairs = padded[1:] & padded[:-1]
+    blocks = pairs[:, 1:] & pairs[:, :-1]  # (H + 1, W + 1): all four agree
+    pairs = blocks[1:] | blocks[:-1]
+    in_block = pairs[:, 1:] | pairs[:, :-1]  # (H, W)
+    sure = found & (in_block | ~VOID_BITS)
+    label = COLOR_TO_ID.take(tables.nearest.take(index))
+
+    edges = np.flatnonzero(sure == 0)
+    values, candidates = index.ravel().take(edges), spread(sure).ravel().take(edges)
+    candidates = np.where(candidates == 0, spread(found).ravel().take(edges), candidates)  # if chance hits are all there is
+    candidates |= tables.alone.take(values)
+    candidates[candidates == 0] = np.bitwise_or.reduce(sure, axis=None) or ANY_COLOR
+    label.ravel()[edges] = COLOR_TO_ID.take(np.frexp(candidates.astype(np.float64))[1] - 1)  # the highest bit, mostly the only one
+
+    several = np.flatnonzero(candidates & (candidates - 1))
+    for ranked in tables.ranking:
+        color = ranked.take(values.take(several))
+        chosen = (candidates.take(several) >> color) & 1 == 1
+        label.ravel()[edges.take(several[chosen])] = COLOR_TO_ID.take(color[chosen])
+        several = several[~chosen]
+        if not len(several):
+            break
+    return label
 
 
 def spread(bits: np.ndarray) -> np.ndarray:
     """The bits of int32 (H, W) that stand in the 5x5 pixels around each."""
     H, W = bits.shape
     padded = np.pad(bits, 2)
-    rows = functools.reduce(np.bitwise_or, (padded[:, shift : shift + W] for shift in range(5)))
-    return functools.reduce(np.bitwise_or, (rows[shift : shift + H] for shift in range(5)))
-
-
-def settle_edges(rgb: np.ndarray, bits: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """Give each pixel of mixed colour the class of a colour beside it.
-
-    Its mixed colour may resemble a third class. It gets the nearest among the colours that surely stand within two pixels (the
-    reach of 4:2:0 chroma) or, where none does, anywhere in the picture. Thin things alone may stand without such support, see
-    THIN_DISTANCES. Void needs a block of 2x2 pixels to be sure: a mixture of two classes often hits one of its colours by chance,
-    and would put a dark ring round cars.
-
-    Args:
-        rgb: uint8 (H, W, 3).
-        bits, label: of match_palette; label is completed in place.
-    Returns:
-        label, uint8 (H, W), ids 0..19.
-    """
-    padded = np.pad(bits, 1)
-    blocks = padded[1:, 1:] & padded[:-1, 1:] & padded[1:, :-1] & padded[:-1, :-1]  # (H + 1, W + 1): all four agree
-    in_block = blocks[1:, 1:] | blocks[:-1, 1:] | blocks[1:, :-1] | blocks[:-1, :-1]  # (H, W)
-    sure = bits & (in_block | ~VOID_BITS)
-    edges = np.flatnonzero(sure == 0)
-    if not len(edges):
-        return label
-    around = spread(sure).take(edges)
-    around = np.where(around == 0, spread(bits).take(edges), around)  # where chance hits are all there is, they count
-    everywhere = int(np.bitwise_or.reduce(bits, axis=None)) or -1  # not one sure pixel: any colour may be
-    around[around == 0] = everywhere
-
-    # Colour by colour, and only where it may be: a matrix of all distances would take twice as long.
-    pixels = to_features(rgb.reshape(-1, 3).take(edges, axis=0))  # (3, N)
-    best, ids = np.full(len(edges), np.inf, dtype=np.float32), np.zeros(len(edges), dtype=np.uint8)
-    for index, (color_id, color) in enumerate(zip(COLOR_TO_ID.tolist(), to_features(COLORS).T)):
-        if color_id in THIN_DISTANCES:
-            reach = THIN_DISTANCES[color_id]
-        elif everywhere >> index & 1:
-            reach = EXACT if index >= len(CLASSES) else 0
-        else:
-            continue
-        supported = (around & (1 << index)).astype(bool)
-        here = slice(None) if reach else np.flatnonzero(supported)
-        y, cb, cr = pixels[:, here] - color[:, None]
-        distance = y * y + cb * cb + cr * cr
-        closer = distance < best[here]
-        if reach:
-            closer &= supported | (distance < reach**2)
-        best[here] = np.where(closer, distance, best[here])
-        ids[here] = np.where(closer, color_id, ids[here])
-    label.ravel()[edges] = ids
-    return label
+    rows = padded[:, :W] | padded[:, 4:]
+    result = np.zeros_like(bits)
+    for shift in (1, 2, 3):  # in place: new arrays of this size cost more than the operation
+        rows |= padded[:, shift : shift + W]
+    for shift in range(5):
+        result |= rows[shift : shift + H]
+    return result
 
 
 # --- Reading composites -------------------------------------------------------------------------------------------------
@@ -244,8 +265,8 @@ def read_composite(path: str | Path, image_size: int | None = 256) -> tuple[np.n
     if width != 2 * height or height < 2:
         raise DatasetError(f"{path}: {width}x{height} pixels; a composite is twice as wide as high (photo left, label right)")
     image, label_rgb = composite.crop((0, 0, height, height)), np.asarray(composite)[:, height:]
-    bits, label = match_palette(label_rgb)
-    share = np.mean(bits != 0)
+    index, found = match_colors(label_rgb)
+    share = np.mean(found != 0)
     if share < MIN_PALETTE_SHARE:
         if palette_share(np.asarray(image)) >= MIN_PALETTE_SHARE:
             raise DatasetError(f"{path}: its halves are swapped (label left); put the photo left and the label right")
@@ -253,12 +274,32 @@ def read_composite(path: str | Path, image_size: int | None = 256) -> tuple[np.n
             f"{path}: its right half is no colour-coded label: {share:.0%} of its pixels lie near a Cityscapes colour, "
             f"expected {MIN_PALETTE_SHARE:.0%} or more; recolour or remove it"
         )
-    label = settle_edges(label_rgb, bits, label)
+    label = settle_edges(index, found)
     if image_size not in (None, height):
         size = (image_size, image_size)
         image = image.resize(size, Image.Resampling.BILINEAR)
         label = np.asarray(Image.fromarray(label).resize(size, Image.Resampling.NEAREST))
     return np.asarray(image), label
+
+
+class Reader(Dataset):
+    """Composites from disk, checked: (image, label) as read_composite returns them, or the error message of a bad one."""
+
+    def __init__(self, paths: list[Path], image_size: int, n_classes: int) -> None:
+        self.paths, self.image_size, self.n_classes = paths, image_size, n_classes
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray] | str:
+        try:
+            image, label = read_composite(self.paths[index], self.image_size)
+        except DatasetError as error:
+            return str(error)
+        if label.max() >= self.n_classes:
+            return (f"{self.paths[index]}: holds class id {label.max()} ({CLASSES[label.max()].name}), expected ids below "
+                    f"--num_classes {self.n_classes}; pass --num_classes {label.max() + 1} or more")
+        return image, label
 
 
 class CompositeDataset(Dataset):
@@ -282,27 +323,23 @@ class CompositeDataset(Dataset):
         n_kept = len(self.paths) if cache else 0
         self.images = torch.empty((n_kept, image_size, image_size, 3), dtype=torch.uint8)  # (N, H, W, C): channels_last
         self.labels = torch.empty((n_kept, image_size, image_size), dtype=torch.uint8)
-        # Two threads gave 1.2 to 1.5 times the rate of one: Pillow releases the interpreter's lock, the decoder's short steps less so.
-        with ThreadPoolExecutor(available_cpus()) as pool:
-            progress = tqdm(pool.map(self._load, range(len(self.paths))), f"Reading {Path(folder).name}", len(self.paths),
-                            unit="image", leave=False, disable=None if show_progress else True)
-            problems = [problem for problem in progress if problem]
+        # Processes, because two threads are hardly faster than one; few files are read sooner than processes start.
+        workers = available_cpus() if len(self.paths) >= 256 else 0
+        color_tables()  # built before the processes fork, so that each has it
+        batches = DataLoader(Reader(self.paths, image_size, n_classes), batch_size=8, num_workers=workers, collate_fn=keep_batch)
+        problems, index = [], 0
+        with tqdm(desc=f"Reading {Path(folder).name}", total=len(self.paths), unit="image", leave=False,
+                  disable=None if show_progress else True) as progress:
+            for sample in itertools.chain.from_iterable(batches):
+                if isinstance(sample, str):
+                    problems.append(sample)
+                elif cache:
+                    self.images.numpy()[index], self.labels.numpy()[index] = sample
+                index += 1
+                progress.update()
         if problems:
             others = f" (and {len(problems) - 1} other composites have problems)" if len(problems) > 1 else ""
             raise DatasetError(f"{problems[0]}{others}")
-
-    def _load(self, index: int) -> str | None:
-        """Read composite `index` into the cache; the error message if it is a bad one."""
-        try:
-            image, label = read_composite(self.paths[index], self.image_size)
-        except DatasetError as error:
-            return str(error)
-        if label.max() >= self.n_classes:
-            return (f"{self.paths[index]}: holds class id {label.max()} ({CLASSES[label.max()].name}), expected ids below "
-                    f"--num_classes {self.n_classes}; pass --num_classes {label.max() + 1} or more")
-        if self.cache:
-            self.images.numpy()[index] = image
-            self.labels.numpy()[index] = label
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -321,8 +358,8 @@ class CompositeDataset(Dataset):
         return images.permute(0, 3, 1, 2), labels  # (B, 3, H, W) and (B, H, W)
 
 
-def keep_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """collate_fn for batches that CompositeDataset.__getitems__ has gathered already."""
+def keep_batch(batch):
+    """collate_fn that leaves a batch as it is: CompositeDataset.__getitems__ has gathered it already."""
     return batch
 
 
@@ -342,8 +379,9 @@ def list_composites(folder: str | Path) -> list[Path]:
 
 
 def available_cpus() -> int:
-    """Cores this process may use, not those of the machine."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores this process may use: its share of those that the processes of torchrun have together."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
 
 
 def available_memory() -> int | None:

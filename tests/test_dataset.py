@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import dataset
 from dataset import CLASSES, COLOR_TO_ID, COLORS, CompositeDataset, DatasetError, decode_label
@@ -40,6 +40,64 @@ def through_jpeg(rgb):
     return np.asarray(Image.open(file))[:, rgb.shape[1]:]
 
 
+COLOR_NAMES = [*dataset.CLASS_NAMES, *dataset.VOID_COLORS]
+
+
+def draw_street(seed, size=1024):
+    """A label drawn large, uint8 (size, size) of indices into COLORS: thin poles, a rider, signs, curved outlines, void things."""
+    rng = np.random.default_rng(seed)
+    image = Image.new("L", (size, size), COLOR_NAMES.index("sky"))
+    pen = ImageDraw.Draw(image)
+
+    def polygon(name, *points):
+        pen.polygon([(x * size, y * size) for x, y in points], fill=COLOR_NAMES.index(name))
+
+    def ellipse(name, x, y, rx, ry):
+        pen.ellipse(((x - rx) * size, (y - ry) * size, (x + rx) * size, (y + ry) * size), fill=COLOR_NAMES.index(name))
+
+    def line(name, *points, width):
+        pen.line([(x * size, y * size) for x, y in points], fill=COLOR_NAMES.index(name), width=round(width * size))
+
+    horizon, x = rng.uniform(0.4, 0.5), 0.0
+    while x < 1:
+        width, *heights = rng.uniform((0.5, 0.15, 0.15), (0.8, 0.3, 0.3))
+        polygon("building", (x, horizon - heights[0]), (x + width, horizon - heights[1]), (x + width, 0.7), (x, 0.7))
+        x += width
+    for x, y in rng.uniform((0, horizon - 0.15), (1, horizon), (2, 2)):
+        ellipse("vegetation", x, y, 0.1, 0.08)
+    polygon("sidewalk", (0, horizon + 0.1), (1, horizon + 0.1), (1, 1), (0, 1))
+    polygon("road", (0.4, horizon + 0.08), (0.6, horizon + 0.08), (1, 1), (0, 1))
+    ground, barrier = rng.choice(["parking", "ground", "terrain", "rail track"]), rng.choice(["wall", "fence", "guard rail", "bridge"])
+    polygon(ground, (0.6, horizon + 0.1), (0.75, horizon + 0.1), (1, 0.8), (1, 0.97))
+    polygon(barrier, (0, horizon), (0.2, horizon), (0.2, horizon + 0.1), (0, horizon + 0.14))
+    for name in rng.choice(["car", "car", "truck", "bus", "train", "caravan", "trailer"], 2):
+        x, y, r = rng.uniform((0.1, horizon + 0.08, 0.03), (0.9, 0.8, 0.09))
+        polygon(name, (x - r, y), (x + r, y), (x + r, y + 0.7 * r), (x - r, y + 0.7 * r))
+        ellipse(name, x, y, 0.8 * r, 0.6 * r)
+        for side in (-0.6, 0.6):
+            ellipse(name, x + side * r, y + 0.7 * r, 0.22 * r, 0.22 * r)
+    for name in ("rider", "person", "dynamic"):
+        x, y, h = rng.uniform((0.1, horizon + 0.1, 0.05), (0.9, 0.75, 0.14))
+        if name == "rider":
+            cycle = ("bicycle", "motorcycle")[seed % 2]
+            for side in (-0.3, 0.3):
+                ellipse(cycle, x + side * h, y + h * 0.9, 0.25 * h, 0.25 * h)
+            line(cycle, (x - 0.3 * h, y + 0.9 * h), (x, y + 0.6 * h), (x + 0.3 * h, y + 0.9 * h), width=0.05 * h)
+        ellipse(name, x, y, 0.08 * h, 0.1 * h)
+        ellipse(name, x, y + 0.35 * h, 0.16 * h, 0.28 * h)
+        for side in (-0.1, 0.1):
+            line(name, (x + side * h, y + 0.9 * h), (x, y + 0.5 * h), width=0.1 * h)
+    for top in ("traffic sign", "traffic light"):
+        x, foot, h, width = rng.uniform((0.05, horizon + 0.1, 0.15, 0.006), (0.95, 0.75, 0.35, 0.012))
+        line("pole", (x, foot), (x, foot - h), width=width)
+        if top == "traffic sign":
+            ellipse(top, x, foot - h, 0.02, 0.02)
+        else:
+            polygon(top, (x - 0.012, foot - h), (x + 0.012, foot - h), (x + 0.012, foot - h + 0.06), (x - 0.012, foot - h + 0.06))
+    ellipse("background", 0.5, 1.03, 0.6, 0.1)
+    return np.asarray(image)
+
+
 def majority(label, size):
     """The commonest class in each pixel's source area: (H, W) to (size, size)."""
     scale = len(label) // size
@@ -51,28 +109,20 @@ def nearest_color(rgb, colors):
     return COLOR_TO_ID[((rgb[:, :, None].astype(int) - colors.astype(int)) ** 2).sum(axis=-1).argmin(axis=-1)]
 
 
-@pytest.fixture(scope="module")
-def large_labels():
-    return [dataset.draw_scene(seed)[1] for seed in range(100, 108)]
-
-
-@pytest.mark.parametrize("resampling, limit", [(Image.Resampling.NEAREST, 0.008), (Image.Resampling.BICUBIC, 0.015)])
-def test_rendered_scenes_decode_to_their_truth(large_labels, resampling, limit, capsys):
-    """Drawn at 1024, shrunk to 256, compressed: under 0.8% of the pixels differ from the label shrunk by nearest, under 1.5% from the
-    commonest class of the source area where bicubic has mixed the colours, and half of what the nearest colour gets wrong."""
+@pytest.mark.parametrize("resampling", [Image.Resampling.NEAREST, Image.Resampling.BICUBIC])
+def test_rendered_scenes_decode_to_the_commonest_class_of_each_source_area(resampling, capsys):
+    """Drawn at 1024, shrunk to 256, compressed. Shrinking by nearest alone, decoded without a fault, already differs in 0.25%."""
     wrong = {"20 colours": [], "29 colours": [], "decode_label": []}
-    for label in large_labels:
-        rgb = through_jpeg(np.asarray(Image.fromarray(dataset.colorize(label)).resize((256, 256), resampling)))
-        truth = majority(label, 256)
-        if resampling == Image.Resampling.NEAREST:
-            truth = np.asarray(Image.fromarray(label).resize((256, 256), resampling))
+    for street in map(draw_street, range(8)):
+        rgb = through_jpeg(np.asarray(Image.fromarray(COLORS[street]).resize((256, 256), resampling)))
+        truth = majority(COLOR_TO_ID[street], 256)
         wrong["20 colours"].append(np.mean(nearest_color(rgb, COLORS[:20]) != truth))
         wrong["29 colours"].append(np.mean(nearest_color(rgb, COLORS) != truth))
         wrong["decode_label"].append(np.mean(decode_label(rgb) != truth))
     shares = {name: np.mean(values) for name, values in wrong.items()}
     with capsys.disabled():
         print(f"\nwrong pixels, {resampling.name}: " + ", ".join(f"{name} {share:.2%}" for name, share in shares.items()))
-    assert shares["decode_label"] < limit and shares["decode_label"] < 0.5 * min(shares["20 colours"], shares["29 colours"])
+    assert shares["decode_label"] < min(0.008, 0.5 * shares["29 colours"], 0.5 * shares["20 colours"])
 
 
 def test_no_void_rings_round_cars():
@@ -96,7 +146,7 @@ def real_labels():
     folder = ROOT.parent / "shared" / "data" / "cityscapes" / "train"
     if not folder.is_dir():
         pytest.skip("needs the real composites, which are not part of the project")
-    return [np.asarray(Image.open(path))[:, 256:] for path in dataset.list_images(folder)[::150]]
+    return [np.asarray(Image.open(path))[:, 256:] for path in dataset.list_images(folder)[::30]]
 
 
 def test_orphans_are_rare_and_thin_things_live_on_real_composites(capsys):
@@ -116,8 +166,8 @@ def test_orphans_are_rare_and_thin_things_live_on_real_composites(capsys):
     with capsys.disabled():
         print(f"\n{len(orphans)} real labels: orphans {np.mean(orphans):.2%}, poles {shares[6]:.2%}, traffic lights {shares[7]:.3%} "
               f"(nearest of 29: {plain[7]:.3%}), traffic signs {shares[8]:.3%} ({plain[8]:.3%})")
-    assert np.mean(orphans) < 0.035  # nearest of 29 colours: 0.066
-    assert shares[6] > 0.006 and shares[7] >= plain[7] and shares[8] >= 0.95 * plain[8]
+    assert np.mean(orphans) < 0.03  # nearest of 29 colours: 0.066; 0.028 lie further than that from any official colour
+    assert shares[6] > 0.006 and shares[7] >= plain[7] and shares[8] >= plain[8]
 
 
 # --- Composites ---------------------------------------------------------------------------------------------------------
@@ -225,15 +275,16 @@ def test_normalize_is_imagenets():
 def test_augmentation_moves_photo_and_label_together():
     """With the label's id as the photo's grey level, each pixel's grey still tells its id after flips and crops."""
     generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(1, 20, (16, 8, 8), dtype=torch.uint8).repeat_interleave(8, 1).repeat_interleave(8, 2)
+    labels = torch.randint(1, 20, (16, 8, 8), dtype=torch.uint8, generator=generator).repeat_interleave(8, 1).repeat_interleave(8, 2)
     images = labels[:, None].float().repeat(1, 3, 1, 1)
     moved, moved_labels = dataset.augment(images, labels, generator)
     assert moved.shape == images.shape and moved_labels.dtype == torch.uint8
     for image, label in zip(moved, moved_labels.float()):
-        highest, lowest = (sign * torch.nn.functional.max_pool2d(sign * label[None], 5, stride=1, padding=2)[0] for sign in (1, -1))
+        highest, lowest = (sign * torch.nn.functional.max_pool2d(sign * label[None], 5, stride=1)[0] for sign in (1, -1))
         inside = highest == lowest  # away from edges, where bilinear and nearest differ
         assert inside.float().mean() > 0.1
-        assert np.corrcoef(label[inside], image[0][inside])[0, 1] > 0.999  # brightness and contrast are linear
+        label, image = label[2:-2, 2:-2], image[0, 2:-2, 2:-2]
+        assert np.corrcoef(label[inside], image[inside])[0, 1] > 0.999999  # brightness and contrast are linear
     assert not torch.equal(moved_labels, labels)
 
 
