@@ -36,6 +36,7 @@ RECIPE = ("num_epochs", "batch_size", "learning_rate", "num_classes", "data_dir"
           "finetune_encoder", "amp", "seed", "no_cache")  # the flags that a checkpoint remembers for --resume
 WEIGHT_DECAY = 0.01  # AdamW's default
 ENCODER_LEARNING_RATE = 0.1  # of the decoder's, for --finetune_encoder: its features are good already
+FINETUNE_MIN_CROP = 0.8  # scale-and-crop against overfitting; with a frozen encoder it only cost dice, 0.007 after four epochs
 WARMUP = 0.05  # of all steps: fresh decoders behind trained features get large, useless gradients at first
 FINAL_LEARNING_RATE = 0.01  # of the peak
 EVALUATION_BATCH = 16  # no activations are kept, so four times the training batch fits in less memory
@@ -201,8 +202,8 @@ def compile_model(model: nn.Module, args: Namespace, runtime: Runtime) -> nn.Mod
 
 
 def train_one_epoch(network: nn.Module, loader: DataLoader, optimizer, scheduler, scaler, generator: torch.Generator,
-                    totals: metrics.SegmentationMetrics, bar: tqdm, runtime: Runtime) -> None:
-    """One pass over the loader, counted in `totals` and shown by the bar.
+                    totals: metrics.SegmentationMetrics, bar: tqdm, min_crop: float, runtime: Runtime) -> None:
+    """One pass over the loader, counted in `totals` and shown by the bar; min_crop as in dataset.augment.
 
     Raises:
         UserError: the loss is no longer a finite number.
@@ -212,7 +213,7 @@ def train_one_epoch(network: nn.Module, loader: DataLoader, optimizer, scheduler
     shown = time.monotonic()
     for step, (images, labels) in enumerate(loader):
         images, labels = (batch.to(runtime.device, non_blocking=True) for batch in (images, labels))
-        images, labels = dataset.augment(dataset.normalize(images), labels, generator)
+        images, labels = dataset.augment(dataset.normalize(images), labels, generator, min_crop)
         with runtime.autocast():
             logits = network(images)
         loss = metrics.cross_entropy(logits, labels)
@@ -299,6 +300,8 @@ def fit(model: models.EfficientSegNet, data: dict, checkpoint: dict | None, args
     loader = make_loader(data["train"], args.batch_size, sampler, args, runtime, drop_last=len(sampler) > args.batch_size)
     val_loader = make_loader(data["val"], EVALUATION_BATCH, share_of(data["val"], runtime), args, runtime)
     model.to(runtime.device, memory_format=torch.channels_last)
+    if args.sync_batch_norm and runtime.device.type != "cuda":
+        raise UserError(f"--sync_batch_norm: torch offers it on CUDA GPUs alone, and this is {runtime.device}; leave it out")
     if args.sync_batch_norm and runtime.world_size > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     optimizer, scheduler = build_optimizer(model, args, args.num_epochs * len(loader))
@@ -333,7 +336,8 @@ def fit(model: models.EfficientSegNet, data: dict, checkpoint: dict | None, args
         totals = metrics.SegmentationMetrics(args.num_classes, runtime.device)
         with tqdm(total=images_per_epoch, desc=f"Epoch {epoch}/{args.num_epochs}", unit="image",
                   leave=False, disable=None if runtime.rank == 0 else True) as bar:
-            train_one_epoch(network, loader, optimizer, scheduler, scaler, generator, totals, bar, runtime)
+            train_one_epoch(network, loader, optimizer, scheduler, scaler, generator, totals, bar,
+                            FINETUNE_MIN_CROP if args.finetune_encoder else 1.0, runtime)
         train_seconds = time.monotonic() - epoch_started
         totals.all_reduce()
         share_weights(model, runtime)  # batch-norm statistics differ between the ranks; rank 0's are saved and scored
@@ -470,8 +474,6 @@ def main(argv: list[str] | None = None) -> None:
             if checkpoint and "optimizer" not in checkpoint and (args.resume or not checkpoint["config"]):
                 runtime.log(f"Checkpoint  {args.resume or args.evaluate} holds weights alone: class names and image size are the "
                             f"defaults{', and a new run starts from them' if args.resume else ''}")
-            if not args.evaluate and runtime.rank == 0:
-                claim_output_dir(args, resumed=checkpoint is not None and "optimizer" in checkpoint)
             if args.demo:
                 if runtime.rank == 0:
                     dataset.write_demo(args.data_dir)
@@ -483,6 +485,8 @@ def main(argv: list[str] | None = None) -> None:
                 loader = make_loader(data["val"], EVALUATION_BATCH, share_of(data["val"], runtime), args, runtime)
                 log_scores(evaluate(model, loader, args.num_classes, runtime), args, runtime)
             else:
+                if runtime.rank == 0:
+                    claim_output_dir(args, resumed=checkpoint is not None and "optimizer" in checkpoint)
                 fit(model, data, checkpoint, args, runtime)
             runtime.close()
 

@@ -6,7 +6,9 @@ composite with Pillow and decodes its label with the colour table every epoch, a
 import argparse
 import platform
 import resource
+import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -129,6 +131,71 @@ def bare_network(model, batch_size, n_steps, runtime):
     return work
 
 
+def encoder_alone(model, batch_size, n_steps, runtime):
+    """The share of a step that caching the frozen encoder's features would save."""
+    images = torch.randn(batch_size, 3, 256, 256, device=runtime.device).contiguous(memory_format=torch.channels_last)
+
+    def work():
+        for _ in range(n_steps):
+            with runtime.autocast():
+                model.encode(images)
+
+    return work
+
+
+def loss_curves(data, runtime, n_steps):
+    """Losses of the plain and of the fast step from the same weights on the same batches, and of the fast one in another order.
+
+    Returns:
+        float64 (3, n_steps).
+    """
+    state, curves = EfficientSegNet(20, "none").state_dict(), []
+    for fast, order in ((False, 0), (True, 0), (True, 1)):
+        model = EfficientSegNet(20, None)
+        model.load_state_dict(state)
+        model.to(runtime.device, memory_format=torch.channels_last if fast else torch.contiguous_format)
+        optimizer = torch.optim.AdamW(model.decoder_parameters(), lr=1e-3, fused=fast)
+        if fast:
+            model.fold_encoder()
+        batches = torch.Generator().manual_seed(order)
+        losses = []
+        for _ in range(n_steps):
+            images, labels = data.__getitems__(torch.randint(len(data), (4,), generator=batches).tolist())
+            images, labels = dataset.normalize(images.to(runtime.device)), labels.to(runtime.device)
+            if fast:
+                with runtime.autocast():
+                    logits = model(images)
+                loss = metrics.cross_entropy(logits, labels)
+            else:
+                loss = F.cross_entropy(model(images.contiguous()), labels.long())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        curves.append(losses)
+    return np.array(curves)
+
+
+def whole_runs(folder: Path, device: torch.device) -> None:
+    """Wall time and peak device memory of `train.py`, 15 epochs over 2,975 composites with 250 for validation, start-up included."""
+    dataset.write_demo(folder, {"train": 64, "val": 64})
+    for split, count in (("train", 2975), ("val", 250)):  # the time does not depend on what the pictures show
+        for number in range(65, count + 1):
+            shutil.copy(folder / split / f"{number % 64 + 1}.jpg", folder / split / f"{number}.jpg")
+    for flags in (["--batch_size", "4"], ["--batch_size", "4", "--compile"], ["--batch_size", "16"], ["--batch_size", "16", "--compile"]):
+        command = ["train.py", "--num_epochs", "15", "--encoder_weights", "none", "--data_dir", str(folder), "--device", str(device), *flags]
+        program = ("import runpy, sys, torch; sys.argv = sys.argv[1:]; sys.path.insert(0, '.'); runpy.run_path('train.py', run_name='__main__');"
+                   "print('peak', torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)")
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", program, *command, "--output_dir", str(folder / "".join(flags))],
+                              cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+        seconds = time.perf_counter() - started
+        if done.returncode:
+            sys.exit(done.stderr)
+        peak = int(done.stdout.rsplit("peak", 1)[1])
+        print(f"15 epochs, {' '.join(flags):<28}{seconds:>8.1f} s   peak device memory {peak / 2**20:.0f} MiB", flush=True)
+
+
 @torch.inference_mode()
 def run_evaluation(model, loader, prepare, update, device, autocast):
     model.eval()
@@ -141,6 +208,8 @@ def run_evaluation(model, loader, prepare, update, device, autocast):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer images and repeats: within a minute")
+    parser.add_argument("--whole_runs", action="store_true",
+                        help="time 15 epochs over 2,975 composites instead, batch 4 and 16, with and without --compile (for a GPU)")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     device = select_device(args.device)
@@ -157,6 +226,8 @@ def main() -> None:
         print(f"{name + ', ' + unit:<44}{ratio}{max(this[1], plain[1] if plain else 0):>7.0f}%", flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
+        if args.whole_runs:
+            return whole_runs(Path(folder), device)
         dataset.write_demo(folder, {"train": n_images})
         paths = dataset.list_images(Path(folder, "train"))
         plain_data = PlainDataset(paths)
@@ -184,7 +255,9 @@ def main() -> None:
                     print(f"  peak device memory at batch {batch_size}: {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB")
             report(f"training, batch {batch_size}", *memory)
             bare = rate(bare_network(model, batch_size, n_trained // batch_size, runtime), n_trained, device, repeats)
-            print(f"{f'  of which the bare network, % of the time':<44}{'':>11}{100 * memory[1][0] / bare[0]:>9.1f}")
+            print(f"{'  of which the bare network, % of the time':<44}{'':>11}{100 * memory[1][0] / bare[0]:>9.1f}")
+            encoder = rate(encoder_alone(model, batch_size, n_trained // batch_size, runtime), n_trained, device, repeats)
+            print(f"{'  of which the frozen encoder, % of the time':<44}{'':>11}{100 * memory[1][0] / encoder[0]:>9.1f}")
 
         def count(logits, labels):
             return (logits.argmax(1) == labels).sum().item()
@@ -198,6 +271,10 @@ def main() -> None:
                rate(lambda: run_evaluation(model, loader, dataset.normalize,
                                            lambda logits, labels: totals.update(logits.argmax(1), labels), device, runtime.autocast),
                     len(paths), device, repeats))
+
+        plain_curve, fast_curve, other_order = loss_curves(data, runtime, 8 if args.quick else 60)
+        print(f"loss after {len(plain_curve)} steps: plain {plain_curve[-4:].mean():.4f}, this {fast_curve[-4:].mean():.4f}; largest difference at "
+              f"one step {np.abs(plain_curve - fast_curve).max():.4f}, with another order of the batches {np.abs(other_order - fast_curve).max():.4f}")
 
         write_checkpoint(Path(folder, "model.pth"), {"model": model.state_dict(), "config": {"image_size": 256}})
         segmenter = Segmenter(Path(folder, "model.pth"), args.device)

@@ -249,6 +249,18 @@ def test_one_bad_composite_is_named_at_the_start(kind, cache, own_scenes):
         assert word in str(error.value)
 
 
+def test_one_bad_file_among_hundreds_is_named_by_the_processes_that_read(own_scenes):
+    for number in range(9, 301):
+        shutil.copy(own_scenes / "train" / f"{number % 8 + 1}.jpg", own_scenes / "train" / f"{number}.jpg")
+    data = CompositeDataset(own_scenes / "train", 64)
+    assert len(data) == 300
+    for index in (8, 100, 299):  # in order, although two processes read them
+        assert torch.equal(data[index][0], data[(index + 1) % 8][0]) and torch.equal(data[index][1], data[(index + 1) % 8][1])
+    (own_scenes / "train" / "277.jpg").write_bytes(b"damaged")
+    with pytest.raises(DatasetError, match=r"277\.jpg: cannot be read as an image"):
+        CompositeDataset(own_scenes / "train", 64)
+
+
 def test_ids_beyond_the_number_of_classes_are_named(scenes):
     with pytest.raises(DatasetError, match=r"1\.jpg: holds class id 19 \(bicycle\).*--num_classes 20 or more.*and 7 other"):
         CompositeDataset(scenes / "train", n_classes=12)
@@ -277,7 +289,7 @@ def test_augmentation_moves_photo_and_label_together():
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(1, 20, (16, 8, 8), dtype=torch.uint8, generator=generator).repeat_interleave(8, 1).repeat_interleave(8, 2)
     images = labels[:, None].float().repeat(1, 3, 1, 1)
-    moved, moved_labels = dataset.augment(images, labels, generator)
+    moved, moved_labels = dataset.augment(images, labels, generator, min_crop=0.5)
     assert moved.shape == images.shape and moved_labels.dtype == torch.uint8
     for image, label in zip(moved, moved_labels.float()):
         highest, lowest = (sign * torch.nn.functional.max_pool2d(sign * label[None], 5, stride=1)[0] for sign in (1, -1))
@@ -295,6 +307,13 @@ def test_each_image_is_augmented_on_its_own_and_repeatably():
     other, _ = dataset.augment(images, labels, torch.Generator().manual_seed(4))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert len({round(image.mean().item(), 6) for image in first}) == 8
+
+
+def test_without_a_crop_a_label_is_itself_or_its_mirror_image():
+    labels = torch.randint(20, (16, 48, 64), dtype=torch.uint8)
+    _, moved = dataset.augment(torch.zeros(16, 3, 48, 64), labels, torch.Generator().manual_seed(0))
+    kept, mirrored = ((moved == way).flatten(1).all(1) for way in (labels, labels.flip(2)))
+    assert (kept ^ mirrored).all() and 0 < mirrored.sum() < 16
 
 
 # --- Demo and original data ---------------------------------------------------------------------------------------------

@@ -302,10 +302,13 @@ def test_two_ranks_with_batch_two_take_the_step_of_one_with_batch_four(tmp_path)
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-5)
 
 
+def torchrun(*argv):
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}", "train.py", *argv]
+
+
 def test_torchrun_trains_and_one_process_resumes(scenes, tmp_path):
     output = tmp_path / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}", "train.py",
-               *arguments(scenes, output, "--num_epochs", 1, "--batch_size", 2)]
+    command = torchrun(*arguments(scenes, output, "--num_epochs", 1, "--batch_size", 2))
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "2 x 2 = 4 images a step" in done.stdout and done.stdout.count("Device ") == 1
@@ -314,15 +317,21 @@ def test_torchrun_trains_and_one_process_resumes(scenes, tmp_path):
     assert torch.load(output / "last.pth", weights_only=True)["epoch"] == 2
 
 
-def test_a_rank_that_dies_takes_the_others_down_and_the_run_resumes(scenes, tmp_path):
-    output = tmp_path / "run"
-    processes, logs = start_ranks(train.main, arguments(scenes, output, "--num_epochs", 300, "--batch_size", 2), 2, tmp_path)
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the rank's process in /proc, which Linux alone has")
+def test_a_rank_that_dies_takes_the_job_down_and_the_run_resumes(scenes, tmp_path):
+    output, log = tmp_path / "run", tmp_path / "log"
+    with open(log, "w") as file:
+        job = subprocess.Popen(torchrun(*arguments(scenes, output, "--num_epochs", 300, "--batch_size", 2)), cwd=ROOT, stdout=file,
+                               stderr=subprocess.STDOUT)
     while not (output / "last.pth").exists():
         time.sleep(0.1)
-        assert processes[0].is_alive(), logs[0].read_text()
-    processes[1].kill()
-    processes[0].join(60)
-    assert processes[0].exitcode not in (0, None) and "onnection" in logs[0].read_text()
+        assert job.poll() is None, log.read_text()
+    children = [child for task in Path(f"/proc/{job.pid}/task").iterdir() for child in (task / "children").read_text().split()]
+    ranks = [int(child) for child in children if b"train.py" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    assert job.wait(120) != 0 and "SIGKILL" in log.read_text()
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
     epoch = torch.load(output / "last.pth", weights_only=True)["epoch"]
     train.main(["--resume", str(output / "last.pth"), "--num_epochs", str(epoch + 1)])
     assert torch.load(output / "last.pth", weights_only=True)["epoch"] == epoch + 1
@@ -372,6 +381,7 @@ def test_mistakes_end_in_one_line_before_any_training(scenes, own_scenes, run_di
         (["--resume", run_dir / "last.pth", "--num_classes", "7"], 1, ["--num_classes 7", "20 classes"]),
         (["--evaluate", tmp_path / "file"], 1, [tmp_path / "file"]),
         ([*good, "--num_epoch", "3"], 2, ["did you mean --num_epochs?"]),
+        ([*good, "--sync_batch_norm"], 1, ["--sync_batch_norm", "CUDA GPUs alone"]),
     ]
     before = {path: path.read_bytes() for path in run_dir.iterdir()}
     for argv, status, words in rows:
