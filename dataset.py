@@ -282,7 +282,7 @@ def read_composite(path: str | Path, image_size: int | None = 256) -> tuple[np.n
 
 
 class Reader(Dataset):
-    """Composites from disk, checked: (image, label) as read_composite returns them, or the error message of a bad one."""
+    """Composites from disk, checked and packed, uint8 (H, W, 4); of a bad one the error message."""
 
     def __init__(self, paths: list[Path], image_size: int, n_classes: int) -> None:
         self.paths, self.image_size, self.n_classes = paths, image_size, n_classes
@@ -290,7 +290,7 @@ class Reader(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray] | str:
+    def __getitem__(self, index: int) -> np.ndarray | str:
         try:
             image, label = read_composite(self.paths[index], self.image_size)
         except DatasetError as error:
@@ -298,7 +298,7 @@ class Reader(Dataset):
         if label.max() >= self.n_classes:
             return (f"{self.paths[index]}: holds class id {label.max()} ({CLASSES[label.max()].name}), expected ids below "
                     f"--num_classes {self.n_classes}; pass --num_classes {label.max() + 1} or more")
-        return image, label
+        return pack(image, label)
 
 
 class CompositeDataset(Dataset):
@@ -308,8 +308,8 @@ class CompositeDataset(Dataset):
     4 bytes a pixel, 0.26 MB a composite at 256x256, 0.85 GB for the 3,225 of Cityscapes' train and (half its) val. Without,
     it is thrown away and decoded again by each access, in DataLoader workers.
 
-    Items are image uint8 (3, H, W) and label uint8 (H, W); `__getitems__` gathers a whole batch (B, ...) by one index, with
-    the images in channels_last memory format.
+    Items are image uint8 (3, H, W) and label uint8 (H, W). A batch is one tensor, so that it is one gather and one transfer:
+    uint8 (B, H, W, 4), red, green, blue and class id, to be taken apart by split_batch on the device.
 
     Raises:
         DatasetError: no such folder, no composites in it, a bad composite, or a label id of `n_classes` or more.
@@ -320,8 +320,7 @@ class CompositeDataset(Dataset):
         self.paths = list_composites(folder)
         self.image_size, self.n_classes, self.cache = image_size, n_classes, cache
         n_kept = len(self.paths) if cache else 0
-        self.images = torch.empty((n_kept, image_size, image_size, 3), dtype=torch.uint8)  # (N, H, W, C): channels_last
-        self.labels = torch.empty((n_kept, image_size, image_size), dtype=torch.uint8)
+        self.pixels = torch.empty((n_kept, image_size, image_size, 4), dtype=torch.uint8)
         # Processes, because two threads are hardly faster than one; few files are read sooner than processes start.
         workers = available_cpus() if len(self.paths) >= 256 else 0
         color_tables()  # built before the processes fork, so that each has it
@@ -333,7 +332,7 @@ class CompositeDataset(Dataset):
                 if isinstance(sample, str):
                     problems.append(sample)
                 elif cache:
-                    self.images.numpy()[index], self.labels.numpy()[index] = sample
+                    self.pixels.numpy()[index] = sample
                 index += 1
                 progress.update()
         if problems:
@@ -344,17 +343,23 @@ class CompositeDataset(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        images, labels = self.__getitems__([index])
+        images, labels = split_batch(self.__getitems__([index]))
         return images[0], labels[0]
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+    def __getitems__(self, indices: list[int]) -> Tensor:
         if self.cache:
-            index = torch.as_tensor(indices)
-            images, labels = self.images[index], self.labels[index]
-        else:
-            pairs = [read_composite(self.paths[index], self.image_size) for index in indices]
-            images, labels = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*pairs))
-        return images.permute(0, 3, 1, 2), labels  # (B, 3, H, W) and (B, H, W)
+            return self.pixels[torch.as_tensor(indices)]
+        return torch.from_numpy(np.stack([pack(*read_composite(self.paths[index], self.image_size)) for index in indices]))
+
+
+def pack(image: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """uint8 image (H, W, 3) and label (H, W) to one array (H, W, 4)."""
+    return np.concatenate([image, label[..., None]], axis=2)
+
+
+def split_batch(batch: Tensor) -> tuple[Tensor, Tensor]:
+    """A batch of CompositeDataset, uint8 (B, H, W, 4), to its images (B, 3, H, W) and labels (B, H, W), without a copy."""
+    return batch[..., :3].permute(0, 3, 1, 2), batch[..., 3]
 
 
 def keep_batch(batch):

@@ -211,8 +211,8 @@ def train_one_epoch(network: nn.Module, loader: DataLoader, optimizer, scheduler
     network.train()
     losses = torch.zeros(len(loader), device=runtime.device)
     shown = time.monotonic()
-    for step, (images, labels) in enumerate(loader):
-        images, labels = (batch.to(runtime.device, non_blocking=True) for batch in (images, labels))
+    for step, batch in enumerate(loader):
+        images, labels = dataset.split_batch(batch.to(runtime.device, non_blocking=True))
         images, labels = dataset.augment(dataset.normalize(images), labels, generator, min_crop)
         with runtime.autocast():
             logits = network(images)
@@ -248,8 +248,8 @@ def evaluate(network: nn.Module, loader: DataLoader, n_classes: int, runtime: Ru
     """The confusion matrix and loss of a split, each image counted once, summed over the ranks."""
     network.eval()
     totals = metrics.SegmentationMetrics(n_classes, runtime.device)
-    for images, labels in loader:
-        images, labels = (batch.to(runtime.device, non_blocking=True) for batch in (images, labels))
+    for batch in loader:
+        images, labels = dataset.split_batch(batch.to(runtime.device, non_blocking=True))
         with runtime.autocast():
             logits = network(dataset.normalize(images))
         totals.update(logits.argmax(1), labels, metrics.cross_entropy(logits, labels))
@@ -319,12 +319,7 @@ def fit(model: models.EfficientSegNet, data: dict, checkpoint: dict | None, args
     config = describe_run(args)
     if runtime.rank == 0:
         utils.write_json(args.output_dir / "config.json", config | {"runtime": str(runtime), "world_size": runtime.world_size})
-    n_trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    n_frozen = sum(parameter.numel() for parameter in model.parameters()) - n_trainable
-    runtime.log(f"Model       {n_trainable:,} trainable and {n_frozen:,} frozen parameters, encoder weights: {args.encoder_weights}")
-    runtime.log(f"Training    {args.num_epochs} epochs of {len(loader)} steps, {args.batch_size} x {runtime.world_size} = "
-                f"{args.batch_size * runtime.world_size} images a step, learning rate up to {args.learning_rate:g}, seed {args.seed}")
-    runtime.log(f"Output      {args.output_dir}\n\n{EPOCH_HEADER}")
+    log_plan(model, len(loader), args, runtime)
 
     images_per_epoch = min(len(loader) * args.batch_size, len(sampler)) * runtime.world_size  # one short batch if there is but one
     started, first_epoch = time.monotonic(), len(history) + 1
@@ -364,6 +359,22 @@ def fit(model: models.EfficientSegNet, data: dict, checkpoint: dict | None, args
         left = (time.monotonic() - started) / (epoch - first_epoch + 1) * (args.num_epochs - epoch)
         runtime.log(format_epoch(history[-1], args.num_epochs, is_best, left))
 
+    report_best(model, compiled, data["val"], val_loader, args, runtime)
+
+
+def log_plan(model: models.EfficientSegNet, n_steps: int, args: Namespace, runtime: Runtime) -> None:
+    """What the run is about to do, in three lines, and the head of the table of epochs."""
+    n_trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    n_frozen = sum(parameter.numel() for parameter in model.parameters()) - n_trainable
+    runtime.log(f"Model       {n_trainable:,} trainable and {n_frozen:,} frozen parameters, encoder weights: {args.encoder_weights}")
+    runtime.log(f"Training    {args.num_epochs} epochs of {n_steps} steps, {args.batch_size} x {runtime.world_size} = "
+                f"{args.batch_size * runtime.world_size} images a step, learning rate up to {args.learning_rate:g}, seed {args.seed}")
+    runtime.log(f"Output      {args.output_dir}\n\n{EPOCH_HEADER}")
+
+
+def report_best(model: models.EfficientSegNet, compiled: nn.Module, val: dataset.CompositeDataset, val_loader: DataLoader,
+                args: Namespace, runtime: Runtime) -> None:
+    """Score best.pth, print its table per class, and write what shows how it does; all ranks take part."""
     if runtime.rank == 0:
         best = models.load_checkpoint(args.output_dir / "best.pth")
         model.load_state_dict(best["model"])
@@ -373,7 +384,7 @@ def fit(model: models.EfficientSegNet, data: dict, checkpoint: dict | None, args
     if runtime.rank == 0:
         rows = log_scores(totals, args, runtime)
         utils.write_csv(args.output_dir / "per_class.csv", rows)
-        draw_results(compiled, data["val"], totals, args, runtime)
+        draw_results(compiled, val, totals, args, runtime)
         runtime.log("\nWritten:\n" + "\n".join(f"  {args.output_dir / name}" for name in RUN_FILES))
 
 
@@ -425,7 +436,7 @@ def draw_results(network: nn.Module, val: dataset.CompositeDataset, totals: metr
     names = [entry.name for entry in dataset.CLASSES[: args.num_classes]]
     utils.plot_confusion_matrix(totals.confusion.cpu().numpy(), names, args.output_dir / "confusion_matrix.png")
     samples = np.linspace(0, len(val) - 1, min(PREDICTION_SAMPLES, len(val))).round().astype(int).tolist()
-    images, labels = val.__getitems__(samples)
+    images, labels = dataset.split_batch(val.__getitems__(samples))
     with torch.inference_mode(), runtime.autocast():
         predictions = network(dataset.normalize(images.to(runtime.device))).argmax(1).cpu()
     utils.plot_predictions(images.permute(0, 2, 3, 1).numpy(), labels.numpy(), predictions.numpy(), names, dataset.PALETTE,

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import dataset  # noqa: E402
 import metrics  # noqa: E402
+import train  # noqa: E402
 from model import EfficientSegNet  # noqa: E402
 from predict import Segmenter  # noqa: E402
 from utils import Runtime, select_amp, select_device, write_checkpoint  # noqa: E402
@@ -98,8 +99,8 @@ def fast_epoch(model, data, batch_size, runtime):
     def work():
         model.train()
         totals = metrics.SegmentationMetrics(20, runtime.device)
-        for images, labels in loader:
-            images, labels = (batch.to(runtime.device, non_blocking=True) for batch in (images, labels))
+        for batch in loader:
+            images, labels = dataset.split_batch(batch.to(runtime.device, non_blocking=True))
             images, labels = dataset.augment(dataset.normalize(images), labels, generator)
             with runtime.autocast():
                 logits = model(images)
@@ -160,8 +161,9 @@ def loss_curves(data, runtime, n_steps):
         batches = torch.Generator().manual_seed(order)
         losses = []
         for _ in range(n_steps):
-            images, labels = data.__getitems__(torch.randint(len(data), (4,), generator=batches).tolist())
-            images, labels = dataset.normalize(images.to(runtime.device)), labels.to(runtime.device)
+            batch = data.__getitems__(torch.randint(len(data), (4,), generator=batches).tolist())
+            images, labels = dataset.split_batch(batch.to(runtime.device))
+            images = dataset.normalize(images)
             if fast:
                 with runtime.autocast():
                     logits = model(images)
@@ -196,13 +198,35 @@ def whole_runs(folder: Path, device: torch.device) -> None:
         print(f"15 epochs, {' '.join(flags):<28}{seconds:>8.1f} s   peak device memory {peak / 2**20:.0f} MiB", flush=True)
 
 
-@torch.inference_mode()
-def run_evaluation(model, loader, prepare, update, device, autocast):
-    model.eval()
-    for images, labels in loader:
-        with autocast():
-            logits = model(prepare(images.to(device)))
-        update(logits, labels.to(device))
+def plain_evaluation(model, paths, device):
+    loader = DataLoader(PlainDataset(paths), 4)
+
+    def work():
+        model.eval()
+        correct = 0
+        with torch.no_grad():
+            for images, labels in loader:
+                correct += (model(images.to(device)).argmax(1) == labels.to(device)).sum().item()
+
+    return work
+
+
+def fast_evaluation(model, data, runtime):
+    """What train.evaluate does, without the loss, which the plain loop has not."""
+    loader = DataLoader(data, train.EVALUATION_BATCH, collate_fn=dataset.keep_batch, pin_memory=runtime.device.type == "cuda")
+
+    def work():
+        model.eval()
+        totals = metrics.SegmentationMetrics(20, runtime.device)
+        with torch.inference_mode():
+            for batch in loader:
+                images, labels = dataset.split_batch(batch.to(runtime.device, non_blocking=True))
+                with runtime.autocast():
+                    logits = model(dataset.normalize(images))
+                totals.update(logits.argmax(1), labels)
+        totals.compute()
+
+    return work
 
 
 def main() -> None:
@@ -259,18 +283,8 @@ def main() -> None:
             encoder = rate(encoder_alone(model, batch_size, n_trained // batch_size, runtime), n_trained, device, repeats)
             print(f"{'  of which the frozen encoder, % of the time':<44}{'':>11}{100 * memory[1][0] / encoder[0]:>9.1f}")
 
-        def count(logits, labels):
-            return (logits.argmax(1) == labels).sum().item()
-
-        plain_loader = DataLoader(plain_data, 4)
-        loader = DataLoader(data, 16, collate_fn=dataset.keep_batch)
-        totals = metrics.SegmentationMetrics(20, device)
-        off = Runtime(device, None, "")
-        report("evaluation",
-               rate(lambda: run_evaluation(plain_model, plain_loader, lambda x: x, count, device, off.autocast), len(paths), device, repeats),
-               rate(lambda: run_evaluation(model, loader, dataset.normalize,
-                                           lambda logits, labels: totals.update(logits.argmax(1), labels), device, runtime.autocast),
-                    len(paths), device, repeats))
+        report("evaluation", rate(plain_evaluation(plain_model, paths, device), len(paths), device, repeats),
+               rate(fast_evaluation(model, data, runtime), len(paths), device, repeats))
 
         plain_curve, fast_curve, other_order = loss_curves(data, runtime, 8 if args.quick else 60)
         print(f"loss after {len(plain_curve)} steps: plain {plain_curve[-4:].mean():.4f}, this {fast_curve[-4:].mean():.4f}; largest difference at "

@@ -1,6 +1,7 @@
 """dataset.py: labels decoded right, composites checked and served, augmentation that moves photo and label together."""
 import io
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -201,10 +202,12 @@ def test_resizing_moves_both_halves_and_keeps_ids(scenes):
 def test_a_batch_is_one_gather_with_or_without_cache(scenes):
     cached, fresh = CompositeDataset(scenes / "val"), CompositeDataset(scenes / "val", cache=False)
     for data in (cached, fresh):
-        images, labels = data.__getitems__([6, 0, 3])
-        assert images.shape == (3, 3, 256, 256) and images.is_contiguous(memory_format=torch.channels_last)
+        batch = data.__getitems__([6, 0, 3])
+        images, labels = dataset.split_batch(batch)
+        assert batch.shape == (3, 256, 256, 4) and images.shape == (3, 3, 256, 256) and labels.shape == (3, 256, 256)
+        assert dataset.normalize(images).is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(images[1], cached[0][0]) and torch.equal(labels[2], cached[3][1])
-    assert cached.images.nbytes + cached.labels.nbytes == 7 * 256 * 256 * 4 and fresh.images.nbytes == 0
+    assert cached.pixels.nbytes == 7 * 256 * 256 * 4 and fresh.pixels.nbytes == 0
 
 
 def test_lossless_composites_are_read_too(tmp_path):
@@ -235,12 +238,15 @@ BAD_COMPOSITES = {
     "dot": (lambda path: Image.new("RGB", (1, 1)).save(path), ["1x1"]),
     "bomb": (lambda path: Image.new("1", (30000, 15000)).save(path, "PNG"), ["decompression bomb"]),
     "folder": (lambda path: (path.unlink(), path.mkdir()), ["is a folder"]),
+    "unreadable": (lambda path: (path.unlink(), path.symlink_to("/proc/self/mem")), ["Input/output error", "replace or remove"]),
 }
 
 
 @pytest.mark.parametrize("kind", BAD_COMPOSITES)
 @pytest.mark.parametrize("cache", [True, False])
 def test_one_bad_composite_is_named_at_the_start(kind, cache, own_scenes):
+    if kind == "unreadable" and not Path("/proc/self/mem").exists():
+        pytest.skip("needs Linux's /proc for a file that not even root can read")
     spoil, words = BAD_COMPOSITES[kind]
     spoil(own_scenes / "train" / "5.jpg")
     with pytest.raises(DatasetError) as error:
@@ -325,7 +331,7 @@ def test_demo_scenes_are_deterministic_jpegs_with_all_classes(tmp_path):
     for path in (tmp_path / "a").rglob("*.jpg"):
         assert path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes()
     data = CompositeDataset(tmp_path / "a" / "train")
-    assert data.labels.unique().tolist() == list(range(20))
+    assert data.pixels[..., 3].unique().tolist() == list(range(20))
     assert Image.open(tmp_path / "a" / "train" / "1.jpg").format == "JPEG"
 
 
