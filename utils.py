@@ -75,8 +75,11 @@ def user_errors(*kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except (UserError, *kinds) as error:
+        message = str(error).strip()
+        if message.startswith("Caught "):  # a DataLoader's worker failed: torch puts its traceback before the message
+            message = message.splitlines()[-1].partition(": ")[2]
         rank = f"[rank {dist.get_rank()}] " if dist.is_initialized() else ""
-        print(f"{Path(sys.argv[0]).name}: error: {rank}{' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {rank}{' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(1) from error
 
 

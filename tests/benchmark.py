@@ -238,7 +238,7 @@ def main() -> None:
     args = parser.parse_args()
     device = select_device(args.device)
     runtime = Runtime(device, *select_amp("auto", device))
-    n_images, repeats = (16, 1) if args.quick else (96, 5)
+    n_images, repeats = (16, 1) if args.quick else (64, 3)
 
     print(f"{platform.processor() or platform.machine()}, {dataset.available_cpus()} cores, {runtime}")
     print(f"Python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}; "
@@ -286,7 +286,7 @@ def main() -> None:
         report("evaluation", rate(plain_evaluation(plain_model, paths, device), len(paths), device, repeats),
                rate(fast_evaluation(model, data, runtime), len(paths), device, repeats))
 
-        plain_curve, fast_curve, other_order = loss_curves(data, runtime, 8 if args.quick else 60)
+        plain_curve, fast_curve, other_order = loss_curves(data, runtime, 8 if args.quick else 40)
         print(f"loss after {len(plain_curve)} steps: plain {plain_curve[-4:].mean():.4f}, this {fast_curve[-4:].mean():.4f}; largest difference at "
               f"one step {np.abs(plain_curve - fast_curve).max():.4f}, with another order of the batches {np.abs(other_order - fast_curve).max():.4f}")
 

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from torch.utils.data import DataLoader
 
 import dataset
+import utils
 from dataset import CLASSES, COLOR_TO_ID, COLORS, CompositeDataset, DatasetError, decode_label
 
 from conftest import ROOT
@@ -265,6 +267,14 @@ def test_one_bad_file_among_hundreds_is_named_by_the_processes_that_read(own_sce
     (own_scenes / "train" / "277.jpg").write_bytes(b"damaged")
     with pytest.raises(DatasetError, match=r"277\.jpg: cannot be read as an image"):
         CompositeDataset(own_scenes / "train", 64)
+
+
+def test_a_file_that_vanishes_while_workers_decode_ends_in_one_line(own_scenes, capsys):
+    data = CompositeDataset(own_scenes / "train", 64, cache=False)
+    (own_scenes / "train" / "5.jpg").unlink()
+    with pytest.raises(SystemExit), utils.user_errors(DatasetError):
+        list(DataLoader(data, 2, num_workers=1, collate_fn=dataset.keep_batch))
+    assert capsys.readouterr().err.endswith("5.jpg: no such file; check the path\n")
 
 
 def test_ids_beyond_the_number_of_classes_are_named(scenes):
