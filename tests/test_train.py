@@ -198,10 +198,16 @@ def test_kill_in_the_middle_of_a_save_leaves_a_checkpoint_to_resume(scenes, unin
     assert sorted(path.name for path in output.iterdir()) == sorted(train.RUN_FILES)
 
 
+def train_in_the_foreground(argv):
+    """Ctrl-C reaches it even if the tests themselves run as a shell's background job, which ignores SIGINT."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    train.main(argv)
+
+
 @pytest.mark.parametrize("signal_number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_says_how_to_go_on(scenes, tmp_path, signal_number, status):
     log, output = tmp_path / "log", tmp_path / "run"
-    process = start(train.main, arguments(scenes, output, "--num_epochs", 500), log)
+    process = start(train_in_the_foreground, arguments(scenes, output, "--num_epochs", 500), log)
     while not (output / "last.pth").exists():
         time.sleep(0.05)
         assert process.is_alive(), log.read_text()
