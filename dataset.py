@@ -69,7 +69,7 @@ ANY_COLOR = np.int32((1 << len(COLORS)) - 1)  # as a set of colours, a bit each
 VOID_BITS = np.int32(sum(1 << index for index in range(len(CLASSES), len(COLORS))))
 SURE_DISTANCE = 12  # in RGB: flat areas stay within 6 of their colour at quality 95
 LUMA_WEIGHT = 4  # 4:2:0 keeps luma sharp and blurs chroma, so luma tells better on which side of an edge a pixel lies
-# Some things are too thin to hold one pure pixel. No mixture of two other colours looks like the orange and yellow of these, and the
+# Some things are too thin to hold one pure pixel. Few mixtures of two other colours look like the orange and yellow of these, and the
 # grey of poles is a mixture's too, but seldom at their brightness.
 STANDALONE = (CLASS_NAMES.index("traffic light"), CLASS_NAMES.index("traffic sign"))
 POLE, POLE_DISTANCE = CLASS_NAMES.index("pole"), 25  # in to_features
@@ -388,13 +388,21 @@ def available_cpus() -> int:
     return max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
 
 
-def available_memory() -> int | None:
-    """Bytes of memory that can be taken without swapping; None where the system does not tell (not Linux)."""
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that can be taken without swapping or exceeding a container's limit; None where the system does not tell (not Linux)."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        memory = re.search(r"^MemAvailable: +(\d+) kB", (root / "proc/meminfo").read_text(), re.MULTILINE)
     except OSError:
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    available = int(memory[1]) * 1024
+    try:
+        limit, used, details = ((root / "sys/fs/cgroup" / name).read_text() for name in ("memory.max", "memory.current", "memory.stat"))
+    except OSError:  # no container, or an old one
+        return available
+    if limit.strip() == "max":
+        return available
+    file_cache = re.search(r"^inactive_file (\d+)", details, re.MULTILINE)  # counted as used, but given up when memory is short
+    return min(available, int(limit) - int(used) + int(file_cache[1]))
 
 
 # --- Whole batches on the device ----------------------------------------------------------------------------------------

@@ -291,6 +291,20 @@ def test_missing_folders_name_the_layout_and_the_sources(tmp_path):
             assert word in str(error.value)
 
 
+def test_available_memory_is_what_the_machine_and_its_container_leave(tmp_path):
+    assert dataset.available_memory(tmp_path) is None
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal:       9000 kB\nMemFree:         100 kB\nMemAvailable:    8000 kB\n")
+    assert dataset.available_memory(tmp_path) == 8000 * 1024
+    cgroup = tmp_path / "sys" / "fs" / "cgroup"
+    cgroup.mkdir(parents=True)
+    for name, text in (("memory.max", "max\n"), ("memory.current", "3000000\n"), ("memory.stat", "anon 5\ninactive_file 1000000\n")):
+        (cgroup / name).write_text(text)
+    assert dataset.available_memory(tmp_path) == 8000 * 1024
+    (cgroup / "memory.max").write_text("5000000\n")
+    assert dataset.available_memory(tmp_path) == 3_000_000
+
+
 # --- Batches ------------------------------------------------------------------------------------------------------------
 
 
