@@ -178,12 +178,17 @@ def loss_curves(data, runtime, n_steps):
     return np.array(curves)
 
 
+def write_composites(folder: Path, splits: dict[str, int]) -> None:
+    """16 synthetic scenes a split, and copies of them: what a picture shows does not change the time it takes."""
+    dataset.write_demo(folder, {split: 16 for split in splits})
+    for split, count in splits.items():
+        for number in range(17, count + 1):
+            shutil.copy(folder / split / f"{number % 16 + 1}.jpg", folder / split / f"{number}.jpg")
+
+
 def whole_runs(folder: Path, device: torch.device) -> None:
     """Wall time and peak device memory of `train.py`, 15 epochs over 2,975 composites with 250 for validation, start-up included."""
-    dataset.write_demo(folder, {"train": 64, "val": 64})
-    for split, count in (("train", 2975), ("val", 250)):  # the time does not depend on what the pictures show
-        for number in range(65, count + 1):
-            shutil.copy(folder / split / f"{number % 64 + 1}.jpg", folder / split / f"{number}.jpg")
+    write_composites(folder, {"train": 2975, "val": 250})
     for flags in (["--batch_size", "4"], ["--batch_size", "4", "--compile"], ["--batch_size", "16"], ["--batch_size", "16", "--compile"]):
         command = ["train.py", "--num_epochs", "15", "--encoder_weights", "none", "--data_dir", str(folder), "--device", str(device), *flags]
         program = ("import runpy, sys, torch; sys.argv = sys.argv[1:]; sys.path.insert(0, '.'); runpy.run_path('train.py', run_name='__main__');"
@@ -231,14 +236,14 @@ def fast_evaluation(model, data, runtime):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer images and repeats: within a minute")
+    parser.add_argument("--quick", action="store_true", help="fewer images and repeats, batch 4 alone: within a minute")
     parser.add_argument("--whole_runs", action="store_true",
                         help="time 15 epochs over 2,975 composites instead, batch 4 and 16, with and without --compile (for a GPU)")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     device = select_device(args.device)
     runtime = Runtime(device, *select_amp("auto", device))
-    n_images, repeats = (16, 1) if args.quick else (64, 3)
+    n_images, repeats = (16, 1) if args.quick else (48, 3)
 
     print(f"{platform.processor() or platform.machine()}, {dataset.available_cpus()} cores, {runtime}")
     print(f"Python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}; "
@@ -252,22 +257,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if args.whole_runs:
             return whole_runs(Path(folder), device)
-        dataset.write_demo(folder, {"train": n_images})
-        paths = dataset.list_images(Path(folder, "train"))
-        plain_data = PlainDataset(paths)
-        plain_load = rate(lambda: [plain_data[i] for i in range(len(paths))], len(paths), torch.device("cpu"), repeats)
-        data = []
-        load = rate(lambda: data.append(dataset.CompositeDataset(Path(folder, "train"), show_progress=False)), len(paths),
-                    torch.device("cpu"), repeats)
-        report("reading the data set", plain_load, load)
-        data = data[-1]
+        write_composites(Path(folder), {"train": n_images, "many": 256 if args.quick else 1024})
+        paths, many = (dataset.list_images(Path(folder, split)) for split in ("train", "many"))
+        plain_many = PlainDataset(many)
+        report("reading the data set", rate(lambda: [plain_many[i] for i in range(len(many))], len(many), torch.device("cpu"), repeats),
+               rate(lambda: dataset.CompositeDataset(Path(folder, "many"), show_progress=False), len(many), torch.device("cpu"), repeats))
+        data = dataset.CompositeDataset(Path(folder, "train"), show_progress=False)
         label_rgb = np.asarray(Image.open(paths[0]))[:, 256:]
         decoding = rate(lambda: [dataset.decode_label(label_rgb) for _ in range(20)], 20, torch.device("cpu"), repeats)
         print(f"{'  of which decode_label, ms':<44}{'':>11}{1000 / decoding[0]:>9.2f}")
 
         plain_model = EfficientSegNet(20, "none", finetune_encoder=True).to(device)  # the encoder inside autograd
         model = EfficientSegNet(20, "none").to(device, memory_format=torch.channels_last).fold_encoder()
-        for batch_size in (4, 16):
+        for batch_size in (4,) if args.quick else (4, 16):
             n_trained = len(paths) // batch_size * batch_size
             memory = []
             for work in (plain_epoch(plain_model, paths, batch_size, device), fast_epoch(model, data, batch_size, runtime)):
@@ -278,6 +280,8 @@ def main() -> None:
                 if device.type == "cuda":
                     print(f"  peak device memory at batch {batch_size}: {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB")
             report(f"training, batch {batch_size}", *memory)
+            if batch_size != 4:
+                continue
             bare = rate(bare_network(model, batch_size, n_trained // batch_size, runtime), n_trained, device, repeats)
             print(f"{'  of which the bare network, % of the time':<44}{'':>11}{100 * memory[1][0] / bare[0]:>9.1f}")
             encoder = rate(encoder_alone(model, batch_size, n_trained // batch_size, runtime), n_trained, device, repeats)
@@ -286,7 +290,7 @@ def main() -> None:
         report("evaluation", rate(plain_evaluation(plain_model, paths, device), len(paths), device, repeats),
                rate(fast_evaluation(model, data, runtime), len(paths), device, repeats))
 
-        plain_curve, fast_curve, other_order = loss_curves(data, runtime, 8 if args.quick else 40)
+        plain_curve, fast_curve, other_order = loss_curves(data, runtime, 4 if args.quick else 40)
         print(f"loss after {len(plain_curve)} steps: plain {plain_curve[-4:].mean():.4f}, this {fast_curve[-4:].mean():.4f}; largest difference at "
               f"one step {np.abs(plain_curve - fast_curve).max():.4f}, with another order of the batches {np.abs(other_order - fast_curve).max():.4f}")
 
