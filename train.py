@@ -83,7 +83,7 @@ def get_args_parser() -> utils.ArgumentParser:
     run.add_argument("--resume", type=Path, metavar="FILE", help="continue the run of this last.pth in its own folder")
     run.add_argument("--evaluate", type=Path, metavar="FILE", help="score this checkpoint on val/ and train nothing")
     run.add_argument("--device", default="auto", metavar="auto|cpu|cuda|cuda:N|mps", help="auto (if left out) prefers a GPU")
-    run.add_argument("--compile", action="store_true", help="torch.compile: a minute at the start, less time a step on a GPU")
+    run.add_argument("--compile", action="store_true", help="torch.compile: one to two minutes at the start, less time a step")
     run.add_argument("--sync_batch_norm", action="store_true", help="share batch-norm statistics between GPUs (torchrun)")
     return parser
 
@@ -384,7 +384,7 @@ def report_best(model: models.EfficientSegNet, compiled: nn.Module, val: dataset
     if runtime.rank == 0:
         rows = log_scores(totals, args, runtime)
         utils.write_csv(args.output_dir / "per_class.csv", rows)
-        draw_results(compiled, val, totals, args, runtime)
+        draw_results(model, val, totals, args, runtime)  # a compiled one would compile again for this batch size
         runtime.log("\nWritten:\n" + "\n".join(f"  {args.output_dir / name}" for name in RUN_FILES))
 
 
@@ -430,7 +430,7 @@ def log_scores(totals: metrics.SegmentationMetrics, args: Namespace, runtime: Ru
     return rows
 
 
-def draw_results(network: nn.Module, val: dataset.CompositeDataset, totals: metrics.SegmentationMetrics, args: Namespace,
+def draw_results(model: nn.Module, val: dataset.CompositeDataset, totals: metrics.SegmentationMetrics, args: Namespace,
                  runtime: Runtime) -> None:
     """confusion_matrix.png, and predictions.png of a few samples spread over val/."""
     names = [entry.name for entry in dataset.CLASSES[: args.num_classes]]
@@ -438,7 +438,7 @@ def draw_results(network: nn.Module, val: dataset.CompositeDataset, totals: metr
     samples = np.linspace(0, len(val) - 1, min(PREDICTION_SAMPLES, len(val))).round().astype(int).tolist()
     images, labels = dataset.split_batch(val.__getitems__(samples))
     with torch.inference_mode(), runtime.autocast():
-        predictions = network(dataset.normalize(images.to(runtime.device))).argmax(1).cpu()
+        predictions = model(dataset.normalize(images.to(runtime.device))).argmax(1).cpu()
     utils.plot_predictions(images.permute(0, 2, 3, 1).numpy(), labels.numpy(), predictions.numpy(), names, dataset.PALETTE,
                            args.output_dir / "predictions.png")
 
