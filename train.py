@@ -149,7 +149,7 @@ def build_model(args: Namespace, checkpoint: dict | None, runtime: Runtime) -> m
     torch.manual_seed(args.seed)
     if checkpoint:
         return models.model_from_checkpoint(checkpoint, args.resume or args.evaluate, finetune_encoder=args.finetune_encoder)
-    weights = args.encoder_weights if runtime.rank == 0 else "none"  # rank 0 alone downloads; DistributedDataParallel hands its own on
+    weights = args.encoder_weights if runtime.rank == 0 else "none"  # rank 0 alone downloads; share_weights hands its own on
     try:
         return models.EfficientSegNet(args.num_classes, weights, finetune_encoder=args.finetune_encoder)
     except models.WeightsError as error:
@@ -158,6 +158,14 @@ def build_model(args: Namespace, checkpoint: dict | None, runtime: Runtime) -> m
         runtime.log(f"Demo        goes on with random encoder weights: {error}")
         args.encoder_weights = "none"
         return models.EfficientSegNet(args.num_classes, "none", finetune_encoder=args.finetune_encoder)
+
+
+def place_model(model: models.EfficientSegNet, args: Namespace, runtime: Runtime) -> models.EfficientSegNet:
+    """The network on its device, sharing batch-norm statistics between GPUs if asked; UserError where torch cannot share them."""
+    model.to(runtime.device, memory_format=torch.channels_last)
+    if args.sync_batch_norm and runtime.device.type != "cuda":
+        raise UserError(f"--sync_batch_norm: torch offers it on CUDA GPUs alone, and this is {runtime.device}; leave it out")
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if args.sync_batch_norm and runtime.world_size > 1 else model
 
 
 def build_optimizer(model: models.EfficientSegNet, args: Namespace, n_steps: int):
@@ -287,7 +295,7 @@ def restore(checkpoint: dict, optimizer, scheduler, scaler, steps_per_epoch: int
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"--resume {args.resume}: its optimizer does not fit this run ({error}); leave the recipe's flags out, "
                         "--finetune_encoder above all, or pass a last.pth") from error
-    if checkpoint["epoch"] >= args.num_epochs:
+    if checkpoint["epoch"] >= args.num_epochs and all((args.output_dir / name).exists() for name in RUN_FILES):
         raise UserError(f"--resume {args.resume}: the run has finished its {checkpoint['epoch']} epochs; pass --num_epochs "
                         f"{checkpoint['epoch'] + 10}, say, to go on")
 
@@ -299,11 +307,6 @@ def fit(model: models.EfficientSegNet, data: dict, checkpoint: dict | None, args
     # A left-over batch of one image would disturb the batch-norm statistics, and a compiled network would compile twice.
     loader = make_loader(data["train"], args.batch_size, sampler, args, runtime, drop_last=len(sampler) > args.batch_size)
     val_loader = make_loader(data["val"], EVALUATION_BATCH, share_of(data["val"], runtime), args, runtime)
-    model.to(runtime.device, memory_format=torch.channels_last)
-    if args.sync_batch_norm and runtime.device.type != "cuda":
-        raise UserError(f"--sync_batch_norm: torch offers it on CUDA GPUs alone, and this is {runtime.device}; leave it out")
-    if args.sync_batch_norm and runtime.world_size > 1:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     optimizer, scheduler = build_optimizer(model, args, args.num_epochs * len(loader))
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp_dtype is torch.float16)
     history, best_dice = [], -1.0
@@ -341,14 +344,8 @@ def fit(model: models.EfficientSegNet, data: dict, checkpoint: dict | None, args
         if not math.isfinite(val_figures["loss"]):
             raise UserError(f"the validation loss became {val_figures['loss']} in epoch {epoch}; try a tenth of --learning_rate, or "
                             "--amp off. The checkpoints of the epochs before are kept")
-        history.append({
-            "epoch": epoch, "learning_rate": scheduler.get_last_lr()[0],
-            "train_loss": train_figures["loss"], "train_dice": train_figures["dice"],
-            "val_loss": val_figures["loss"], "val_dice": val_figures["dice"],
-            "val_mean_dice": val_figures["mean_dice"], "val_mean_iou": val_figures["mean_iou"],
-            "seconds": time.monotonic() - epoch_started,
-            "images_per_second": images_per_epoch / train_seconds,
-        })
+        history.append(history_row(epoch, scheduler.get_last_lr()[0], train_figures, val_figures, time.monotonic() - epoch_started,
+                                   images_per_epoch / train_seconds))
         is_best = val_figures["dice"] > best_dice
         best_dice = max(best_dice, val_figures["dice"])
         if runtime.rank == 0:
@@ -360,6 +357,15 @@ def fit(model: models.EfficientSegNet, data: dict, checkpoint: dict | None, args
         runtime.log(format_epoch(history[-1], args.num_epochs, is_best, left))
 
     report_best(model, compiled, data["val"], val_loader, args, runtime)
+
+
+def history_row(epoch: int, learning_rate: float, train: dict, val: dict, seconds: float, images_per_second: float) -> dict:
+    """A row of history.csv from an epoch's figures on both splits."""
+    return {
+        "epoch": epoch, "learning_rate": learning_rate, "train_loss": train["loss"], "train_dice": train["dice"], "val_loss": val["loss"],
+        "val_dice": val["dice"], "val_mean_dice": val["mean_dice"], "val_mean_iou": val["mean_iou"], "seconds": seconds,
+        "images_per_second": images_per_second,
+    }
 
 
 def log_plan(model: models.EfficientSegNet, n_steps: int, args: Namespace, runtime: Runtime) -> None:
@@ -490,9 +496,9 @@ def main(argv: list[str] | None = None) -> None:
                     dataset.write_demo(args.data_dir)
                 runtime.wait()
             data = load_splits(args, ("val",) if args.evaluate else ("train", "val"), runtime)
-            model = build_model(args, checkpoint, runtime)
+            model = place_model(build_model(args, checkpoint, runtime), args, runtime)
             if args.evaluate:
-                model.to(runtime.device, memory_format=torch.channels_last).fold_encoder()
+                model.fold_encoder()
                 loader = make_loader(data["val"], EVALUATION_BATCH, share_of(data["val"], runtime), args, runtime)
                 log_scores(evaluate(model, loader, args.num_classes, runtime), args, runtime)
             else:

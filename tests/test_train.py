@@ -243,6 +243,15 @@ def test_more_epochs_extend_a_finished_run_along_the_longer_schedule(scenes, run
     assert rates[2] > rates[1] and rates[3] == pytest.approx(1e-5)  # the longer cosine goes on from its own middle
 
 
+def test_a_run_stopped_between_its_last_epoch_and_its_report_still_gets_the_report(scenes, run_dir, tmp_path):
+    output = Path(shutil.copytree(run_dir, tmp_path / "run"))
+    for name in ("per_class.csv", "predictions.png"):
+        (output / name).unlink()
+    train.main(["--resume", str(output / "last.pth")])
+    assert same_weights(output / "last.pth", run_dir / "last.pth")
+    assert (output / "per_class.csv").read_text() == (run_dir / "per_class.csv").read_text() and (output / "predictions.png").exists()
+
+
 def test_resuming_from_a_bare_state_dict_starts_a_new_run_from_its_weights(run_dir, scenes, tmp_path, capsys):
     torch.save({f"module.{key}": value for key, value in weights(run_dir / "best.pth").items()}, tmp_path / "bare.pth")
     train.main(["--resume", str(tmp_path / "bare.pth"), *arguments(scenes, tmp_path / "run", "--num_epochs", 1)])
