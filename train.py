@@ -40,6 +40,7 @@ FINETUNE_MIN_CROP = 0.8  # scale-and-crop against overfitting; with a frozen enc
 WARMUP = 0.05  # of all steps: fresh decoders behind trained features get large, useless gradients at first
 FINAL_LEARNING_RATE = 0.01  # of the peak
 EVALUATION_BATCH = 16  # no activations are kept, so four times the training batch fits in less memory
+CPU_EVALUATION_BATCH = 8  # a CPU gains nothing from larger ones, whose activations leave its caches
 PREDICTION_SAMPLES = 4  # rows of predictions.png
 BAR_SECONDS = 1.0  # how often the host waits for the device to show loss and dice
 
@@ -131,17 +132,18 @@ def load_splits(args: Namespace, splits: tuple[str, ...], runtime: Runtime) -> d
     return loaded
 
 
-def share_of(data: dataset.CompositeDataset, runtime: Runtime) -> range:
-    """The indices that this rank scores: every one on exactly one rank, unlike DistributedSampler, which pads."""
-    return range(runtime.rank, len(data), runtime.world_size)
-
-
 def make_loader(data: dataset.CompositeDataset, batch_size: int, sampler, args: Namespace, runtime: Runtime,
                 drop_last: bool = False) -> DataLoader:
     """Batches of uint8 images and labels; the data set gathers a whole batch at once, so there is nothing to collate."""
     workers = 0 if data.cache else dataset.available_cpus() if args.num_workers is None else args.num_workers
     return DataLoader(data, batch_size, sampler=sampler, drop_last=drop_last, num_workers=workers, collate_fn=dataset.keep_batch,
                       pin_memory=runtime.device.type == "cuda", persistent_workers=workers > 0)
+
+
+def make_val_loader(data: dataset.CompositeDataset, args: Namespace, runtime: Runtime) -> DataLoader:
+    """Batches of this rank's share of a split: every image on exactly one rank, unlike DistributedSampler, which pads."""
+    batch_size = CPU_EVALUATION_BATCH if runtime.device.type == "cpu" else EVALUATION_BATCH
+    return make_loader(data, batch_size, range(runtime.rank, len(data), runtime.world_size), args, runtime)
 
 
 def build_model(args: Namespace, checkpoint: dict | None, runtime: Runtime) -> models.EfficientSegNet:
@@ -306,7 +308,7 @@ def fit(model: models.EfficientSegNet, data: dict, checkpoint: dict | None, args
     sampler = DistributedSampler(data["train"], runtime.world_size, runtime.rank, seed=args.seed * 1_000_003)
     # A left-over batch of one image would disturb the batch-norm statistics, and a compiled network would compile twice.
     loader = make_loader(data["train"], args.batch_size, sampler, args, runtime, drop_last=len(sampler) > args.batch_size)
-    val_loader = make_loader(data["val"], EVALUATION_BATCH, share_of(data["val"], runtime), args, runtime)
+    val_loader = make_val_loader(data["val"], args, runtime)
     optimizer, scheduler = build_optimizer(model, args, args.num_epochs * len(loader))
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp_dtype is torch.float16)
     history, best_dice = [], -1.0
@@ -499,8 +501,7 @@ def main(argv: list[str] | None = None) -> None:
             model = place_model(build_model(args, checkpoint, runtime), args, runtime)
             if args.evaluate:
                 model.fold_encoder()
-                loader = make_loader(data["val"], EVALUATION_BATCH, share_of(data["val"], runtime), args, runtime)
-                log_scores(evaluate(model, loader, args.num_classes, runtime), args, runtime)
+                log_scores(evaluate(model, make_val_loader(data["val"], args, runtime), args.num_classes, runtime), args, runtime)
             else:
                 if runtime.rank == 0:
                     claim_output_dir(args, resumed=checkpoint is not None and "optimizer" in checkpoint)

@@ -5,11 +5,13 @@ It knows no other file of the project: class names and colours arrive as argumen
 import argparse
 import contextlib
 import csv
+import ctypes
 import difflib
 import io
 import json
 import math
 import os
+import platform
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -159,6 +161,18 @@ def cpu_has_bf16() -> bool:
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
+def keep_freed_memory() -> None:
+    """Let a step on the CPU reuse the memory of the step before; without effect where the C library is not glibc.
+
+    By default malloc returns a step's activations to the system, which clears the same pages again for the next step: 15,000
+    page faults at batch 4, more than a twentieth of the time. The two settings are M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of mallopt(3).
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never give the top of the heap back
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: take blocks up to 32 MiB, the most that glibc allows, from the heap
+
+
 @dataclass(frozen=True)
 class Runtime:
     """Where and how a network runs: device, precision, and this process's place among those that torchrun started."""
@@ -175,6 +189,8 @@ class Runtime:
         device = select_device(device_name)
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # shapes are fixed, so the search for the fastest kernels pays
+        if device.type == "cpu":
+            keep_freed_memory()
         rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if world_size > 1 and not dist.is_initialized():
             # The others wait at their first collective while rank 0 downloads weights or draws the demo.

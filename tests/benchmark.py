@@ -4,6 +4,7 @@ The plain loop is what training scripts for this network commonly do: float32, c
 composite with Pillow and decodes its label with the colour table every epoch, and the encoder inside autograd.
 """
 import argparse
+import multiprocessing
 import platform
 import resource
 import shutil
@@ -28,7 +29,7 @@ import metrics  # noqa: E402
 import train  # noqa: E402
 from model import EfficientSegNet  # noqa: E402
 from predict import Segmenter  # noqa: E402
-from utils import Runtime, select_amp, select_device, write_checkpoint  # noqa: E402
+from utils import Runtime, write_checkpoint  # noqa: E402
 
 
 class PlainDataset(Dataset):
@@ -56,8 +57,51 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def rate(work, n_images: int, device: torch.device, repeats: int) -> tuple[float, float]:
-    """Median images a second of `work()`, and the spread (highest less lowest, in percent of it); one run goes first unmeasured."""
+PLAIN_WORKS = {}  # in the plain loop's own process: what it can be asked to do, by name
+
+
+def start_plain_loop(paths: list[Path], batch_sizes: tuple[int, ...], device: torch.device) -> None:
+    """Prepare the process of the plain loop."""
+    model = EfficientSegNet(20, "none", finetune_encoder=True).to(device)  # the encoder inside autograd
+    for batch_size in batch_sizes:
+        PLAIN_WORKS[f"training, batch {batch_size}"] = plain_epoch(model, paths, batch_size, device)
+    PLAIN_WORKS["evaluation"] = plain_evaluation(model, paths, device)
+
+
+def run_plain_loop(name: str, device: torch.device) -> None:
+    PLAIN_WORKS[name]()
+    wait(device)
+
+
+def peak_memory() -> tuple[int, int]:
+    """Bytes of this process's memory and of the device's at most so far."""
+    device_bytes = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, device_bytes
+
+
+def compare(plain, this, n_images: int, device: torch.device, repeats: int) -> tuple[float, float, float, float]:
+    """Run both by turns, so that a slow minute of the machine meets both; one run of each goes first unmeasured.
+
+    Returns:
+        Median images a second of the plain loop and of this, the median of their ratios, and the ratios' spread (highest less
+        lowest, in percent of the median).
+    """
+    rates = []
+    for _ in range(repeats + 1):
+        for work in (plain, this):
+            wait(device)
+            started = time.perf_counter()
+            work()
+            wait(device)
+            rates.append(n_images / (time.perf_counter() - started))
+    plain_rates, this_rates = rates[2::2], rates[3::2]
+    ratios = [fast / slow for fast, slow in zip(this_rates, plain_rates)]
+    ratio = statistics.median(ratios)
+    return statistics.median(plain_rates), statistics.median(this_rates), ratio, 100 * (max(ratios) - min(ratios)) / ratio
+
+
+def rate(work, n_images: int, device: torch.device, repeats: int) -> float:
+    """Median images a second of `work()`; one run goes first unmeasured."""
     rates = []
     for _ in range(repeats + 1):
         wait(device)
@@ -65,8 +109,7 @@ def rate(work, n_images: int, device: torch.device, repeats: int) -> tuple[float
         work()
         wait(device)
         rates.append(n_images / (time.perf_counter() - started))
-    median = statistics.median(rates[1:])
-    return median, 100 * (max(rates[1:]) - min(rates[1:])) / median
+    return statistics.median(rates[1:])
 
 
 def plain_epoch(model, paths, batch_size, device):
@@ -218,7 +261,8 @@ def plain_evaluation(model, paths, device):
 
 def fast_evaluation(model, data, runtime):
     """What train.evaluate does, without the loss, which the plain loop has not."""
-    loader = DataLoader(data, train.EVALUATION_BATCH, collate_fn=dataset.keep_batch, pin_memory=runtime.device.type == "cuda")
+    batch_size = train.CPU_EVALUATION_BATCH if runtime.device.type == "cpu" else train.EVALUATION_BATCH
+    loader = DataLoader(data, batch_size, collate_fn=dataset.keep_batch, pin_memory=runtime.device.type == "cuda")
 
     def work():
         model.eval()
@@ -241,64 +285,65 @@ def main() -> None:
                         help="time 15 epochs over 2,975 composites instead, batch 4 and 16, with and without --compile (for a GPU)")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
-    device = select_device(args.device)
-    runtime = Runtime(device, *select_amp("auto", device))
-    n_images, repeats = (16, 1) if args.quick else (48, 3)
+    runtime = Runtime.start(args.device, "auto")
+    device, cpu = runtime.device, torch.device("cpu")
+    n_images, repeats, batch_sizes = (12, 1, (4,)) if args.quick else (48, 5, (4, 16))
 
     print(f"{platform.processor() or platform.machine()}, {dataset.available_cpus()} cores, {runtime}")
     print(f"Python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}; "
           f"{n_images} synthetic composites at 256x256, median of {repeats}\n")
     print(f"{'':<44}{'plain loop':>11}{'this':>9}{'ratio':>7}{'spread':>8}")
 
-    def report(name: str, plain: tuple[float, float] | None, this: tuple[float, float], unit: str = "images/s") -> None:
-        ratio = f"{plain[0] and f'{plain[0]:.1f}':>11}{this[0]:>9.1f}{this[0] / plain[0]:>7.2f}" if plain else f"{'':>11}{this[0]:>9.1f}{'':>7}"
-        print(f"{name + ', ' + unit:<44}{ratio}{max(this[1], plain[1] if plain else 0):>7.0f}%", flush=True)
+    def report(name: str, plain: float, this: float, ratio: float, spread: float) -> None:
+        print(f"{name:<44}{plain:>11.1f}{this:>9.1f}{ratio:>7.2f}{spread:>7.0f}%", flush=True)
 
-    with tempfile.TemporaryDirectory() as folder:
+    def report_part(name: str, value: float) -> None:
+        print(f"{name:<44}{'':>11}{value:>9.1f}", flush=True)
+
+    # The plain loop runs in a process of its own: memory settings belong to a process, and so does its peak.
+    with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("spawn").Pool(1) as plain:
         if args.whole_runs:
             return whole_runs(Path(folder), device)
         write_composites(Path(folder), {"train": n_images, "many": 256 if args.quick else 1024})
         paths, many = (dataset.list_images(Path(folder, split)) for split in ("train", "many"))
+        plain.apply(start_plain_loop, (paths, batch_sizes, device))
+
         plain_many = PlainDataset(many)
-        report("reading the data set", rate(lambda: [plain_many[i] for i in range(len(many))], len(many), torch.device("cpu"), repeats),
-               rate(lambda: dataset.CompositeDataset(Path(folder, "many"), show_progress=False), len(many), torch.device("cpu"), repeats))
+        report("reading the data set, images/s", *compare(
+            lambda: [plain_many[i] for i in range(len(many))],
+            lambda: dataset.CompositeDataset(Path(folder, "many"), show_progress=False), len(many), cpu, repeats))
         data = dataset.CompositeDataset(Path(folder, "train"), show_progress=False)
         label_rgb = np.asarray(Image.open(paths[0]))[:, 256:]
-        decoding = rate(lambda: [dataset.decode_label(label_rgb) for _ in range(20)], 20, torch.device("cpu"), repeats)
-        print(f"{'  of which decode_label, ms':<44}{'':>11}{1000 / decoding[0]:>9.2f}")
+        decoding = rate(lambda: [dataset.decode_label(label_rgb) for _ in range(20)], 20, cpu, repeats)
+        report_part("  of which decode_label, ms", 1000 / decoding)
 
-        plain_model = EfficientSegNet(20, "none", finetune_encoder=True).to(device)  # the encoder inside autograd
         model = EfficientSegNet(20, "none").to(device, memory_format=torch.channels_last).fold_encoder()
-        for batch_size in (4,) if args.quick else (4, 16):
-            n_trained = len(paths) // batch_size * batch_size
-            memory = []
-            for work in (plain_epoch(plain_model, paths, batch_size, device), fast_epoch(model, data, batch_size, runtime)):
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
-                    torch.cuda.reset_peak_memory_stats()
-                memory.append(rate(work, n_trained, device, repeats))
-                if device.type == "cuda":
-                    print(f"  peak device memory at batch {batch_size}: {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB")
-            report(f"training, batch {batch_size}", *memory)
-            if batch_size != 4:
-                continue
-            bare = rate(bare_network(model, batch_size, n_trained // batch_size, runtime), n_trained, device, repeats)
-            print(f"{'  of which the bare network, % of the time':<44}{'':>11}{100 * memory[1][0] / bare[0]:>9.1f}")
-            encoder = rate(encoder_alone(model, batch_size, n_trained // batch_size, runtime), n_trained, device, repeats)
-            print(f"{'  of which the frozen encoder, % of the time':<44}{'':>11}{100 * memory[1][0] / encoder[0]:>9.1f}")
 
-        report("evaluation", rate(plain_evaluation(plain_model, paths, device), len(paths), device, repeats),
-               rate(fast_evaluation(model, data, runtime), len(paths), device, repeats))
+        def report_against_plain(name: str, work, n_images: int) -> None:
+            report(f"{name}, images/s", *compare(lambda: plain.apply(run_plain_loop, (name, device)), work, n_images, device, repeats))
 
-        plain_curve, fast_curve, other_order = loss_curves(data, runtime, 4 if args.quick else 40)
+        for batch_size in batch_sizes:
+            n_steps = len(paths) // batch_size
+            epoch = fast_epoch(model, data, batch_size, runtime)
+            report_against_plain(f"training, batch {batch_size}", epoch, n_steps * batch_size)
+            if batch_size == 4:
+                peaks = zip(("process", "device"), plain.apply(peak_memory), peak_memory())
+                for name, part in (("bare network", bare_network), ("frozen encoder", encoder_alone)):
+                    share = compare(part(model, batch_size, n_steps, runtime), epoch, n_steps * batch_size, device, repeats)[2]
+                    report_part(f"  of which the {name}, % of the time", 100 * share)
+        report_against_plain("evaluation", fast_evaluation(model, data, runtime), len(paths))
+        for memory, plain_peak, this_peak in peaks:
+            if plain_peak:
+                print(f"{f'peak memory of the {memory}, batch 4, MiB':<44}{plain_peak / 2**20:>11.0f}{this_peak / 2**20:>9.0f}{this_peak / plain_peak:>7.2f}")
+
+        plain_curve, fast_curve, other_order = loss_curves(data, runtime, 2 if args.quick else 40)
         print(f"loss after {len(plain_curve)} steps: plain {plain_curve[-4:].mean():.4f}, this {fast_curve[-4:].mean():.4f}; largest difference at "
               f"one step {np.abs(plain_curve - fast_curve).max():.4f}, with another order of the batches {np.abs(other_order - fast_curve).max():.4f}")
 
         write_checkpoint(Path(folder, "model.pth"), {"model": model.state_dict(), "config": {"image_size": 256}})
         segmenter = Segmenter(Path(folder, "model.pth"), args.device)
         photo = Image.fromarray(dataset.draw_scene(0)[0]).resize((2048, 1024))
-        report("predicting a photo of 2048x1024", None, rate(lambda: segmenter(photo), 1, device, 5), "photos/s")
-    print(f"\npeak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+        report_part("predicting a photo of 2048x1024, ms", 1000 / rate(lambda: segmenter(photo), 1, device, 5))
 
 
 if __name__ == "__main__":
