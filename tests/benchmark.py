@@ -308,15 +308,7 @@ def main() -> None:
         paths, many = (dataset.list_images(Path(folder, split)) for split in ("train", "many"))
         plain.apply(start_plain_loop, (paths, batch_sizes, device))
 
-        plain_many = PlainDataset(many)
-        report("reading the data set, images/s", *compare(
-            lambda: [plain_many[i] for i in range(len(many))],
-            lambda: dataset.CompositeDataset(Path(folder, "many"), show_progress=False), len(many), cpu, repeats))
         data = dataset.CompositeDataset(Path(folder, "train"), show_progress=False)
-        label_rgb = np.asarray(Image.open(paths[0]))[:, 256:]
-        decoding = rate(lambda: [dataset.decode_label(label_rgb) for _ in range(20)], 20, cpu, repeats)
-        report_part("  of which decode_label, ms", 1000 / decoding)
-
         model = EfficientSegNet(20, "none").to(device, memory_format=torch.channels_last).fold_encoder()
 
         def report_against_plain(name: str, work, n_images: int) -> None:
@@ -332,6 +324,13 @@ def main() -> None:
                     share = compare(part(model, batch_size, n_steps, runtime), epoch, n_steps * batch_size, device, repeats)[2]
                     report_part(f"  of which the {name}, % of the time", 100 * share)
         report_against_plain("evaluation", fast_evaluation(model, data, runtime), len(paths))
+        plain_many = PlainDataset(many)
+        report("reading the data set, images/s", *compare(
+            lambda: [plain_many[i] for i in range(len(many))],
+            lambda: dataset.CompositeDataset(Path(folder, "many"), show_progress=False), len(many), cpu, repeats))
+        label_rgb = np.asarray(Image.open(paths[0]))[:, 256:]
+        decoding = rate(lambda: [dataset.decode_label(label_rgb) for _ in range(20)], 20, cpu, repeats)
+        report_part("  of which decode_label, ms", 1000 / decoding)
         for memory, plain_peak, this_peak in peaks:
             if plain_peak:
                 print(f"{f'peak memory of the {memory}, batch 4, MiB':<44}{plain_peak / 2**20:>11.0f}{this_peak / 2**20:>9.0f}{this_peak / plain_peak:>7.2f}")
