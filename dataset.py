@@ -47,6 +47,7 @@ CLASS_NAMES = [entry.name for entry in CLASSES]
 PALETTE = np.array([entry.color for entry in CLASSES], dtype=np.uint8)  # (20, 3)
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB in 0..1: what the encoder was trained with
+MIN_CROP = 1.0  # scale-and-crop is off: windows down to 0.8 cost 0.007 dice in short runs, and 0.014 with --finetune_encoder
 PHOTOMETRIC = 0.2  # largest relative change of brightness and of contrast
 MIN_PALETTE_SHARE = 0.45  # of a label's pixels in an official colour: Cityscapes' labels have 0.62 and more, photos up to 0.32
 COMPOSITE_SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -421,7 +422,7 @@ def imagenet_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
     return mean.view(1, 3, 1, 1), std.view(1, 3, 1, 1)
 
 
-def augment(images: Tensor, labels: Tensor, generator: torch.Generator, min_crop: float = 1.0) -> tuple[Tensor, Tensor]:
+def augment(images: Tensor, labels: Tensor, generator: torch.Generator, min_crop: float = MIN_CROP) -> tuple[Tensor, Tensor]:
     """Flip, zoom, shift, brighten and stretch each image of a batch on its own, and each label along with its image.
 
     Half of the images are mirrored; a window of min_crop..1 of the side is cut at a random place and enlarged to the full

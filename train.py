@@ -36,7 +36,6 @@ RECIPE = ("num_epochs", "batch_size", "learning_rate", "num_classes", "data_dir"
           "finetune_encoder", "amp", "seed", "no_cache")  # the flags that a checkpoint remembers for --resume
 WEIGHT_DECAY = 0.01  # AdamW's default
 ENCODER_LEARNING_RATE = 0.1  # of the decoder's, for --finetune_encoder: its features are good already
-FINETUNE_MIN_CROP = 0.8  # scale-and-crop against overfitting; with a frozen encoder it only cost dice, 0.007 after four epochs
 WARMUP = 0.05  # of all steps: fresh decoders behind trained features get large, useless gradients at first
 FINAL_LEARNING_RATE = 0.01  # of the peak
 EVALUATION_BATCH = 16  # no activations are kept, so four times the training batch fits in less memory
@@ -212,8 +211,8 @@ def compile_model(model: nn.Module, args: Namespace, runtime: Runtime) -> nn.Mod
 
 
 def train_one_epoch(network: nn.Module, loader: DataLoader, optimizer, scheduler, scaler, generator: torch.Generator,
-                    totals: metrics.SegmentationMetrics, bar: tqdm, min_crop: float, runtime: Runtime) -> None:
-    """One pass over the loader, counted in `totals` and shown by the bar; min_crop as in dataset.augment.
+                    totals: metrics.SegmentationMetrics, bar: tqdm, runtime: Runtime) -> None:
+    """One pass over the loader, counted in `totals` and shown by the bar.
 
     Raises:
         UserError: the loss is no longer a finite number.
@@ -223,7 +222,7 @@ def train_one_epoch(network: nn.Module, loader: DataLoader, optimizer, scheduler
     shown = time.monotonic()
     for step, batch in enumerate(loader):
         images, labels = dataset.split_batch(batch.to(runtime.device, non_blocking=True))
-        images, labels = dataset.augment(dataset.normalize(images), labels, generator, min_crop)
+        images, labels = dataset.augment(dataset.normalize(images), labels, generator)
         with runtime.autocast():
             logits = network(images)
         loss = metrics.cross_entropy(logits, labels)
@@ -336,8 +335,7 @@ def fit(model: models.EfficientSegNet, data: dict, checkpoint: dict | None, args
         totals = metrics.SegmentationMetrics(args.num_classes, runtime.device)
         with tqdm(total=images_per_epoch, desc=f"Epoch {epoch}/{args.num_epochs}", unit="image",
                   leave=False, disable=None if runtime.rank == 0 else True) as bar:
-            train_one_epoch(network, loader, optimizer, scheduler, scaler, generator, totals, bar,
-                            FINETUNE_MIN_CROP if args.finetune_encoder else 1.0, runtime)
+            train_one_epoch(network, loader, optimizer, scheduler, scaler, generator, totals, bar, runtime)
         train_seconds = time.monotonic() - epoch_started
         totals.all_reduce()
         share_weights(model, runtime)  # batch-norm statistics differ between the ranks; rank 0's are saved and scored
