@@ -108,7 +108,7 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, dict | None]:
         raise UserError(f"--image_size {args.image_size}: expected a positive multiple of 32, such as 128 or 256")
     if args.num_classes > len(dataset.CLASSES):
         raise UserError(f"--num_classes {args.num_classes}: labels have ids 0..{len(dataset.CLASSES) - 1}; "
-                              f"pass {len(dataset.CLASSES)}, or add classes to CLASSES in dataset.py")
+                        f"pass {len(dataset.CLASSES)}, or add classes to CLASSES in dataset.py")
     args.data_dir = Path("data/demo") if args.demo else Path(args.data_dir)
     args.output_dir = args.output_dir or Path("runs", datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
     return args, checkpoint
@@ -127,7 +127,7 @@ def load_splits(args: Namespace, splits: tuple[str, ...], runtime: Runtime) -> d
     loaded = {split: dataset.CompositeDataset(args.data_dir / split, args.image_size, args.num_classes, cache=cache,
                                               show_progress=runtime.rank == 0) for split in splits}
     runtime.log(f"Data        {' and '.join(f'{len(data):,} {split}' for split, data in loaded.items())} composites of {args.data_dir} at "
-        f"{args.image_size}x{args.image_size}, " + (f"{needed / 1e9:.2f} GB in memory" if cache else "decoded on the fly"))
+                f"{args.image_size}x{args.image_size}, " + (f"{needed / 1e9:.2f} GB in memory" if cache else "decoded on the fly"))
     return loaded
 
 
