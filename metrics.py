@@ -11,12 +11,13 @@ from torch import Tensor
 BACKGROUND = 0  # the one class that the official Cityscapes scoring leaves out
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy per pixel in float32, of logits (B, C, H, W) and integer labels (B, H, W).
+def cross_entropy(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+    """Cross entropy in float32 of logits (B, C, H, W) and integer labels (B, H, W): the mean per pixel, or "none" for (B, H, W).
 
     Logits in channels_last are viewed as (B*H*W, C) without a copy; on (B, C, H, W) log_softmax would copy them twice.
     """
-    return F.cross_entropy(logits.permute(0, 2, 3, 1).flatten(0, 2).float(), labels.flatten().long())
+    losses = F.cross_entropy(logits.permute(0, 2, 3, 1).flatten(0, 2).float(), labels.flatten().long(), reduction=reduction)
+    return losses.view_as(labels) if reduction == "none" else losses
 
 
 class SegmentationMetrics:

@@ -35,7 +35,10 @@ RUN_FILES = ("config.json", "history.csv", "curves.png", "predictions.png", "con
 RECIPE = ("num_epochs", "batch_size", "learning_rate", "num_classes", "data_dir", "demo", "image_size", "encoder_weights",
           "finetune_encoder", "amp", "seed", "no_cache")  # the flags that a checkpoint remembers for --resume
 WEIGHT_DECAY = 0.01  # AdamW's default
-ENCODER_LEARNING_RATE = 0.1  # of the decoder's, for --finetune_encoder: its features are good already
+ENCODER_LEARNING_RATE = 0.3  # of the decoders', for --finetune_encoder: its features are good already
+# Background is whatever has no class of its own, and a fine-tuned network calls too many hard pixels that. Counting it less in the
+# training loss finds more of every other class at no cost in dice; with a frozen encoder, dice falls.
+FINETUNE_BACKGROUND_WEIGHT = 0.25
 WARMUP = 0.05  # of all steps: fresh decoders behind trained features get large, useless gradients at first
 FINAL_LEARNING_RATE = 0.01  # of the peak
 EVALUATION_BATCH = 16  # no activations are kept, so four times the training batch fits in less memory
@@ -64,7 +67,7 @@ def get_args_parser() -> utils.ArgumentParser:
     recipe.add_argument("--image_size", type=int, default=256, metavar="PIXELS",
                         help="side of the square that photo and label are resized to, a multiple of 32, %(default)s if left out")
     recipe.add_argument("--finetune_encoder", action="store_true",
-                        help="train the encoder too, at a tenth of the learning rate; a step takes about twice as long")
+                        help="train the encoder too, at 0.3 of the learning rate; a step takes about twice as long")
     recipe.add_argument("--encoder_weights", default="imagenet", metavar="imagenet|none|FILE",
                         help="torchvision's download (if left out), random, or an efficientnet_b0 state_dict")
     recipe.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto",
@@ -210,9 +213,17 @@ def compile_model(model: nn.Module, args: Namespace, runtime: Runtime) -> nn.Mod
     return compiled
 
 
-def train_one_epoch(network: nn.Module, loader: DataLoader, optimizer, scheduler, scaler, generator: torch.Generator,
-                    totals: metrics.SegmentationMetrics, bar: tqdm, runtime: Runtime) -> None:
-    """One pass over the loader, counted in `totals` and shown by the bar.
+def build_class_weights(args: Namespace, runtime: Runtime) -> Tensor:
+    """How much a pixel of each class counts in the training loss, float32 (num_classes,)."""
+    weights = torch.ones(args.num_classes, device=runtime.device)
+    if args.finetune_encoder:
+        weights[metrics.BACKGROUND] = FINETUNE_BACKGROUND_WEIGHT
+    return weights
+
+
+def train_one_epoch(network: nn.Module, loader: DataLoader, optimizer, scheduler, scaler, class_weights: Tensor,
+                    generator: torch.Generator, totals: metrics.SegmentationMetrics, bar: tqdm, runtime: Runtime) -> None:
+    """One pass over the loader, counted in `totals` (its loss without the class weights) and shown by the bar.
 
     Raises:
         UserError: the loss is no longer a finite number.
@@ -225,13 +236,13 @@ def train_one_epoch(network: nn.Module, loader: DataLoader, optimizer, scheduler
         images, labels = dataset.augment(dataset.normalize(images), labels, generator)
         with runtime.autocast():
             logits = network(images)
-        loss = metrics.cross_entropy(logits, labels)
-        scaler.scale(loss).backward()
+        pixel_losses = metrics.cross_entropy(logits, labels, reduction="none")
+        scaler.scale((class_weights[labels.long()] * pixel_losses).mean()).backward()
         scaler.step(optimizer)
         scaler.update()
         scheduler.step()
         optimizer.zero_grad(set_to_none=True)
-        losses[step] = loss.detach()
+        loss = losses[step] = pixel_losses.detach().mean()
         totals.update(logits.argmax(1), labels, loss)
 
         bar.update(len(images) * runtime.world_size)
@@ -310,6 +321,7 @@ def fit(model: models.EfficientSegNet, data: dict, checkpoint: dict | None, args
     val_loader = make_val_loader(data["val"], args, runtime)
     optimizer, scheduler = build_optimizer(model, args, args.num_epochs * len(loader))
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp_dtype is torch.float16)
+    class_weights = build_class_weights(args, runtime)
     history, best_dice = [], -1.0
     if checkpoint and "optimizer" in checkpoint:
         restore(checkpoint, optimizer, scheduler, scaler, len(loader), args)
@@ -335,7 +347,7 @@ def fit(model: models.EfficientSegNet, data: dict, checkpoint: dict | None, args
         totals = metrics.SegmentationMetrics(args.num_classes, runtime.device)
         with tqdm(total=images_per_epoch, desc=f"Epoch {epoch}/{args.num_epochs}", unit="image",
                   leave=False, disable=None if runtime.rank == 0 else True) as bar:
-            train_one_epoch(network, loader, optimizer, scheduler, scaler, generator, totals, bar, runtime)
+            train_one_epoch(network, loader, optimizer, scheduler, scaler, class_weights, generator, totals, bar, runtime)
         train_seconds = time.monotonic() - epoch_started
         totals.all_reduce()
         share_weights(model, runtime)  # batch-norm statistics differ between the ranks; rank 0's are saved and scored

@@ -137,7 +137,7 @@ def fast_epoch(model, data, batch_size, runtime):
     loader = DataLoader(data, batch_size, shuffle=True, drop_last=True, collate_fn=dataset.keep_batch,
                         pin_memory=runtime.device.type == "cuda")
     optimizer = torch.optim.AdamW(model.decoder_parameters(), lr=1e-3, fused=True)
-    generator = torch.Generator(runtime.device)
+    generator, class_weights = torch.Generator(runtime.device), torch.ones(20, device=runtime.device)
 
     def work():
         model.train()
@@ -147,11 +147,11 @@ def fast_epoch(model, data, batch_size, runtime):
             images, labels = dataset.augment(dataset.normalize(images), labels, generator)
             with runtime.autocast():
                 logits = model(images)
-            loss = metrics.cross_entropy(logits, labels)
-            loss.backward()
+            losses = metrics.cross_entropy(logits, labels, reduction="none")
+            (class_weights[labels.long()] * losses).mean().backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            totals.update(logits.argmax(1), labels, loss)
+            totals.update(logits.argmax(1), labels, losses.detach().mean())
         totals.compute()
 
     return work

@@ -84,6 +84,8 @@ def test_cross_entropy_equals_torchs_on_four_dimensions(memory_format):
     logits = torch.randn(2, 20, 8, 8).contiguous(memory_format=memory_format)
     labels = torch.randint(20, (2, 8, 8), dtype=torch.uint8)
     torch.testing.assert_close(cross_entropy(logits, labels), torch.nn.functional.cross_entropy(logits, labels.long()))
+    per_pixel = cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(per_pixel, torch.nn.functional.cross_entropy(logits, labels.long(), reduction="none"))
     assert cross_entropy(logits.bfloat16(), labels).dtype == torch.float32
 
 

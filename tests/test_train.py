@@ -1,4 +1,5 @@
 """train.py: the whole path on synthetic scenes, resuming, many processes, and every mistake in one line."""
+import copy
 import csv
 import json
 import math
@@ -16,13 +17,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from tqdm.auto import tqdm
 
 import dataset
 import metrics
 import train
 from conftest import ROOT, SMALL, start
 from predict import Segmenter
+from utils import Runtime
 
 HEADER = "epoch,learning_rate,train_loss,train_dice,val_loss,val_dice,val_mean_dice,val_mean_iou,seconds,images_per_second"
 
@@ -93,6 +97,26 @@ def test_finetuning_moves_the_encoder_and_resumes(scenes, tmp_path):
     before = weights(tmp_path / "run" / "last.pth")["encoder3.0.block.0.0.weight"]
     train.main(["--resume", str(tmp_path / "run" / "last.pth"), "--num_epochs", "2"])
     assert not torch.equal(before, weights(tmp_path / "run" / "last.pth")["encoder3.0.block.0.0.weight"])
+
+
+@pytest.mark.parametrize("flags, weight", [([], 1.0), (["--finetune_encoder"], train.FINETUNE_BACKGROUND_WEIGHT)])
+def test_background_counts_less_in_finetuning_but_as_much_in_the_reported_loss(flags, weight):
+    args, runtime = train.get_args_parser().parse_args(flags), Runtime.start("cpu", "off")
+    batch = torch.randint(20, (2, 8, 8, 4), dtype=torch.uint8)
+    network, totals = torch.nn.Conv2d(3, 20, 1), metrics.SegmentationMetrics(20)
+    before = copy.deepcopy(network)
+    optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    train.train_one_epoch(network, [batch], optimizer, scheduler, torch.amp.GradScaler(enabled=False),
+                          train.build_class_weights(args, runtime), torch.Generator().manual_seed(3), totals, tqdm(disable=True), runtime)
+
+    images, labels = dataset.split_batch(batch)
+    images, labels = dataset.augment(dataset.normalize(images), labels, torch.Generator().manual_seed(3))
+    losses = F.cross_entropy(before(images), labels.long(), reduction="none")
+    assert totals.compute()["loss"] == pytest.approx(losses.mean().item())
+    torch.where(labels == 0, weight * losses, losses).mean().backward()
+    for old, new in zip(before.parameters(), network.parameters()):
+        torch.testing.assert_close(new, old - old.grad)
 
 
 def test_the_log_of_a_run_in_a_file_has_no_carriage_returns(scenes, tmp_path):
@@ -418,9 +442,9 @@ def test_a_loss_that_is_no_number_stops_at_its_step_and_keeps_the_last_checkpoin
     output = Path(shutil.copytree(run_dir, tmp_path / "run"))
     real, calls = metrics.cross_entropy, []
 
-    def diverge(logits, labels):
+    def diverge(*args, **options):
         calls.append(1)
-        return real(logits, labels) * (float("nan") if len(calls) == 2 else 1)
+        return real(*args, **options) * (float("nan") if len(calls) == 2 else 1)
 
     monkeypatch.setattr(metrics, "cross_entropy", diverge)
     fails(train.main, ["--resume", output / "last.pth", "--num_epochs", "3"], "became nan at step 2", "--learning_rate", "--amp off")
@@ -428,7 +452,7 @@ def test_a_loss_that_is_no_number_stops_at_its_step_and_keeps_the_last_checkpoin
 
 
 def test_running_out_of_device_memory_names_a_batch_that_may_fit(scenes, tmp_path, fails, monkeypatch):
-    def refuse(*args):
+    def refuse(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(metrics, "cross_entropy", refuse)
