@@ -67,7 +67,7 @@ def get_args_parser() -> utils.ArgumentParser:
     recipe.add_argument("--image_size", type=int, default=256, metavar="PIXELS",
                         help="side of the square that photo and label are resized to, a multiple of 32, %(default)s if left out")
     recipe.add_argument("--finetune_encoder", action="store_true",
-                        help="train the encoder too, at 0.3 of the learning rate; a step takes about twice as long")
+                        help="train the encoder too, at 0.3 of the learning rate; a step takes about 1.7 times as long")
     recipe.add_argument("--encoder_weights", default="imagenet", metavar="imagenet|none|FILE",
                         help="torchvision's download (if left out), random, or an efficientnet_b0 state_dict")
     recipe.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto",
