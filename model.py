@@ -49,6 +49,20 @@ class SegNetDecoder(nn.Module):
         return self.conv_block(x)
 
 
+class DepthwiseConv2d(nn.Conv2d):
+    """A convolution that a CPU's bf16 autocast leaves in float32: its backward pass is up to 20 times faster than in bf16.
+
+    (oneDNN, for 5x5 kernels and strides of 2; the forward pass takes the same time in both.)
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C, H / stride, W / stride), of the input's dtype."""
+        if x.device.type != "cpu":
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.float()).to(x.dtype)
+
+
 class EfficientSegNet(nn.Module):
     """Semantic segmentation network: ImageNet-normalised photos in, one logit per class and pixel out.
 
@@ -85,6 +99,9 @@ class EfficientSegNet(nn.Module):
         self._folded_encoders: tuple[nn.Module, ...] = ()  # in a tuple, so that state_dict() does not see them
         for parameter in self.encoder_parameters():
             parameter.requires_grad_(finetune_encoder)
+        for layer in self.modules() if finetune_encoder else ():
+            if isinstance(layer, nn.Conv2d) and layer.groups > 1:
+                layer.__class__ = DepthwiseConv2d  # the same layer with another forward
         self.train()
 
     def encoder_parameters(self) -> list[nn.Parameter]:

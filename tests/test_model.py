@@ -143,6 +143,17 @@ def test_finetuning_changes_encoder_weights_but_not_its_statistics():
     assert changed == set(before) - statistics
 
 
+def test_finetuned_depthwise_convolutions_stay_in_float32_under_bf16():
+    network = EfficientSegNet(20, "none", finetune_encoder=True)
+    layer = network.encoder5[0][0].block[1][0]
+    x = torch.randn(2, layer.in_channels, 8, 8).bfloat16()
+    expected = F.conv2d(x.float(), layer.weight, stride=layer.stride, padding=layer.padding, groups=layer.groups)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        assert not torch.equal(F.conv2d(x, layer.weight, None, layer.stride, layer.padding, groups=layer.groups), y)  # bf16 rounds the weights
+    assert y.dtype == torch.bfloat16 and torch.equal(y, expected.bfloat16())
+
+
 def test_encoder_weights_from_a_file_with_and_without_classifier(tmp_path):
     backbone = efficientnet_b0()
     torch.save(backbone.state_dict(), tmp_path / "whole.pth")
