@@ -168,14 +168,18 @@ def uninterrupted(scenes, tmp_path_factory):
 
 def test_a_run_killed_at_random_moments_ends_with_the_same_weights(scenes, uninterrupted, tmp_path):
     """kill -9, resume, until the four epochs are done: bit for bit the weights and history of the run left alone."""
-    moments, output, kills = random.Random(0), tmp_path / "run", 0
+    moments, output, kills, longest = random.Random(0), tmp_path / "run", 0, 4.0  # seconds
     argv = arguments(scenes, output, "--num_epochs", 4, "--batch_size", 2)
     while True:
         process = start(train.main, argv, tmp_path / "log")
-        process.join(moments.uniform(0.5, 4) if kills < 8 else 120)
+        process.join(moments.uniform(0.1, 1) * longest if kills < 8 else 120)
         if process.exitcode is not None:
             assert process.exitcode == 0, (tmp_path / "log").read_text()
-            break
+            if kills:
+                break
+            longest /= 2  # this machine was done before the first kill: once more, and kill sooner
+            shutil.rmtree(output)
+            continue
         process.kill()
         process.join()
         kills += 1
@@ -186,7 +190,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_weights(scenes, unint
             argv = ["--resume", output / "last.pth"]
         else:
             shutil.rmtree(output, ignore_errors=True)
-    assert kills > 0 and same_weights(output / "last.pth", uninterrupted / "last.pth")
+    assert same_weights(output / "last.pth", uninterrupted / "last.pth")
     timeless = [[{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in
                  torch.load(folder / "last.pth", weights_only=True)["history"]] for folder in (output, uninterrupted)]
     assert timeless[0] == timeless[1]
@@ -314,14 +318,17 @@ def test_any_number_of_ranks_scores_a_split_alike(scenes, run_dir, tmp_path):
 
 
 def take_one_step(argv):
-    """One SGD step on this rank's share of four images, batch-norm statistics frozen; rank 0 saves the gradients."""
+    """One SGD step on this rank's share of four images, batch-norm statistics frozen; rank 0 saves the gradients.
+
+    In float64, because a random encoder's last stage makes a thousandth out of the rounding errors of float32.
+    """
     import model as models
     from utils import Runtime
     runtime = Runtime.start("cpu", "off")
     torch.set_num_threads(1)  # on some CPUs the last bits of a convolution depend on it, and with them the random encoder's calibration
     torch.manual_seed(0)
-    images, labels = torch.randn(4, 3, 64, 64), torch.randint(20, (4, 64, 64))
-    network = models.EfficientSegNet(20, "none").eval()
+    images, labels = torch.randn(4, 3, 64, 64).double(), torch.randint(20, (4, 64, 64))
+    network = models.EfficientSegNet(20, "none").double().eval()
     wrapped = torch.nn.parallel.DistributedDataParallel(network) if runtime.world_size > 1 else network
     share = slice(runtime.rank, None, runtime.world_size)
     metrics.cross_entropy(wrapped(images[share]), labels[share]).backward()
@@ -339,7 +346,7 @@ def test_two_ranks_with_batch_two_take_the_step_of_one_with_batch_four(tmp_path)
             assert process.exitcode == 0, log.read_text()
         gradients.append(torch.load(tmp_path / f"{n_ranks}.pth", weights_only=True))
     for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-6, atol=1e-6)
 
 
 def torchrun(*argv):
