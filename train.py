@@ -40,7 +40,8 @@ ENCODER_LEARNING_RATE = 0.3  # of the decoders', for --finetune_encoder: its fea
 # as of the road. In 15 epochs at 128x128 that cost 0.004 dice and gained 0.032 mean IoU.
 CLASS_WEIGHT_POWER = -0.2
 # Background is whatever has no class of its own, and a fine-tuned network calls too many hard pixels that. Counting it less in the
-# training loss finds more of every other class at no cost in dice; with a frozen encoder, dice falls.
+# training loss finds more of every other class: in whole runs at no cost in dice, while five epochs at 128x128 give 0.008 dice for
+# 0.005 pixel accuracy without background and 0.004 mean IoU.
 FINETUNE_BACKGROUND_WEIGHT = 0.25
 WARMUP = 0.05  # of all steps: fresh decoders behind trained features get large, useless gradients at first
 FINAL_LEARNING_RATE = 0.01  # of the peak
