@@ -223,8 +223,8 @@ def build_class_weights(class_pixels: np.ndarray, args: Namespace, runtime: Runt
     Args:
         class_pixels: pixels of each class in the training labels, int64 (num_classes,).
     """
-    weights = np.ones(args.num_classes)
     if args.finetune_encoder:
+        weights = np.ones(args.num_classes)
         weights[metrics.BACKGROUND] = FINETUNE_BACKGROUND_WEIGHT
     else:
         weights = class_pixels.clip(min=1) ** CLASS_WEIGHT_POWER
