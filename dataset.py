@@ -1,60 +1,38 @@
-"""Composites on disk to batches on the device: the class table, the label decoder, the data set, augmentation, demo scenes.
+"""Composites on disk to batches on the device: class table, label decoder, reading, data sets, augmentation.
 
-A composite is one picture twice as wide as high, the photo on its left and the colour-coded label on its right. Run as a
-program, this file makes composites from the original Cityscapes download: python dataset.py --help
+A composite is one picture twice as wide as high, the photo on its left, the colour-coded label on its right.
+Run as a program, this file makes composites from the original Cityscapes download: python dataset.py --help
 """
 import argparse
 import functools
-import itertools
+import io
+import mimetypes
 import os
 import re
 import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import PIL
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from numpy.lib.stride_tricks import sliding_window_view
+from PIL import ExifTags, Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 from tqdm.auto import tqdm
 
-
-class SegmentationClass(NamedTuple):
-    name: str
-    color: tuple[int, int, int]
-
-
-# The index is the class id. Names and colours are those of the official Cityscapes scripts (Cordts et al., 2016,
-# arXiv:1604.01685); background gathers what the benchmark does not score.
-CLASSES = tuple(SegmentationClass(*entry) for entry in (
-    ("background", (0, 0, 0)), ("road", (128, 64, 128)), ("sidewalk", (244, 35, 232)), ("building", (70, 70, 70)),
-    ("wall", (102, 102, 156)), ("fence", (190, 153, 153)), ("pole", (153, 153, 153)), ("traffic light", (250, 170, 30)),
-    ("traffic sign", (220, 220, 0)), ("vegetation", (107, 142, 35)), ("terrain", (152, 251, 152)), ("sky", (70, 130, 180)),
-    ("person", (220, 20, 60)), ("rider", (255, 0, 0)), ("car", (0, 0, 142)), ("truck", (0, 0, 70)), ("bus", (0, 60, 100)),
-    ("train", (0, 80, 100)), ("motorcycle", (0, 0, 230)), ("bicycle", (119, 11, 32)),
-))
-# Official colours of what is not scored, all background here. Without them in the search a nearest-colour decoder turns void
-# into bicycle and fence.
-VOID_COLORS = {
-    "dynamic": (111, 74, 0), "ground": (81, 0, 81), "parking": (250, 170, 160), "rail track": (230, 150, 140),
-    "guard rail": (180, 165, 180), "bridge": (150, 100, 100), "tunnel": (150, 120, 90), "caravan": (0, 0, 90),
-    "trailer": (0, 0, 110),
-}
-CLASS_NAMES = [entry.name for entry in CLASSES]
-PALETTE = np.array([entry.color for entry in CLASSES], dtype=np.uint8)  # (20, 3)
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB in 0..1: what the encoder was trained with
-MIN_CROP = 1.0  # scale-and-crop is off: windows down to 0.8 cost 0.007 dice in short runs, and 0.014 with --finetune_encoder
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB in 0..1
 PHOTOMETRIC = 0.2  # largest relative change of brightness and of contrast
-MIN_PALETTE_SHARE = 0.45  # of a label's pixels in an official colour: Cityscapes' labels have 0.62 and more, photos up to 0.32
-COMPOSITE_SUFFIXES = (".jpg", ".jpeg", ".png")
+READ_BATCH = 8  # composites that a worker hands over at once
+ENCODE_BATCH = 16  # photos that a frozen encoder takes at once
+MANY_FILES = 256  # fewer are read sooner than worker processes start
 DATA_HELP = (
-    "Expected: a folder with train/ and val/, each full of 256x512 composites (photo left, colour-coded label right), JPEG or PNG. "
-    "The data set is published as pix2pix's 'cityscapes' archive and on Kaggle as 'cityscapes-image-pairs'. Pass its folder with "
-    "--data_dir, or pass --demo to train on synthetic scenes without any download"
+    "Expected: a folder with train/ and val/, each full of 256x512 composites (photo left, colour-coded "
+    "label right). The data set is published as pix2pix's 'cityscapes' archive and on Kaggle as "
+    "'cityscapes-image-pairs'. Pass its folder with --data_dir, or pass --demo to train on synthetic scenes"
 )
 
 
@@ -62,362 +40,658 @@ class DatasetError(Exception):
     """A file or folder of the data set that cannot be used. The message names it and the remedy."""
 
 
-# --- Labels -------------------------------------------------------------------------------------------------------------
-
-COLORS = np.array([*PALETTE, *VOID_COLORS.values()], dtype=np.uint8)  # (29, 3)
-COLOR_TO_ID = np.array([*range(len(CLASSES)), *[0] * len(VOID_COLORS)], dtype=np.uint8)  # (29,)
-ANY_COLOR = np.int32((1 << len(COLORS)) - 1)  # as a set of colours, a bit each
-VOID_BITS = np.int32(sum(1 << index for index in range(len(CLASSES), len(COLORS))))
-SURE_DISTANCE = 12  # in RGB: flat areas stay within 6 of their colour at quality 95
-LUMA_WEIGHT = 4  # 4:2:0 keeps luma sharp and blurs chroma, so luma tells better on which side of an edge a pixel lies
-# Some things are too thin to hold one pure pixel. Few mixtures of two other colours look like the orange and yellow of these, and the
-# grey of poles is a mixture's too, but seldom at their brightness.
-STANDALONE = (CLASS_NAMES.index("traffic light"), CLASS_NAMES.index("traffic sign"))
-POLE, POLE_DISTANCE = CLASS_NAMES.index("pole"), 25  # in to_features
+# --- Labels -------------------------------------------------------------------------------------------------
 
 
-def colorize(label: np.ndarray) -> np.ndarray:
-    """Class ids uint8 (H, W) to the official colours, uint8 (H, W, 3)."""
-    return PALETTE[label]
+class SegmentationClass(NamedTuple):
+    name: str
+    color: tuple[int, int, int]
+    thin: bool = False  # mostly too thin to hold a pixel of its pure colour
 
 
-class ColorTables(NamedTuple):
-    """What the decoder knows of each RGB value, 6 bits a channel; a set of colours is a bit mask over COLORS."""
+# The index is the class id; id 0 is the background, whatever its name. Names and colours are those of the
+# official Cityscapes scripts (Cordts et al., 2016, arXiv:1604.01685). Edit them for other labels, 2 to 60.
+CLASSES = tuple(SegmentationClass(*entry) for entry in (
+    ("background", (0, 0, 0)), ("road", (128, 64, 128)), ("sidewalk", (244, 35, 232)),
+    ("building", (70, 70, 70)), ("wall", (102, 102, 156)), ("fence", (190, 153, 153)),
+    ("pole", (153, 153, 153), True),
+    ("traffic light", (250, 170, 30)), ("traffic sign", (220, 220, 0)), ("vegetation", (107, 142, 35)),
+    ("terrain", (152, 251, 152)), ("sky", (70, 130, 180)), ("person", (220, 20, 60)), ("rider", (255, 0, 0)),
+    ("car", (0, 0, 142)), ("truck", (0, 0, 70)), ("bus", (0, 60, 100)), ("train", (0, 80, 100)),
+    ("motorcycle", (0, 0, 230)), ("bicycle", (119, 11, 32)),
+))
+# Colours of what is not scored; they count as background. Without them the decoder would see bicycles there.
+VOID_COLORS = {
+    "dynamic": (111, 74, 0), "ground": (81, 0, 81), "parking": (250, 170, 160), "rail track": (230, 150, 140),
+    "guard rail": (180, 165, 180), "bridge": (150, 100, 100), "tunnel": (150, 120, 90), "caravan": (0, 0, 90),
+    "trailer": (0, 0, 110),
+}
 
-    nearest: np.ndarray  # index into COLORS, uint8 (64**3,)
-    sure: np.ndarray  # the colour it surely is, or no bit, int32 (64**3,)
-    rim: np.ndarray  # 6 bits do not tell whether it is sure, bool (64**3,)
-    alone: np.ndarray  # the colours that it may be where none of them surely stands beside it, int32 (64**3,)
-    ranking: np.ndarray  # indices into COLORS, the nearest in to_features first, uint8 (29, 64**3)
-
-
-@functools.cache
-def color_tables() -> ColorTables:
-    """Built once, in a third of a second."""
-    levels = np.arange(64, dtype=np.float32) * 4 + 1.5
-    rgb = np.stack(np.meshgrid(levels, levels, levels, indexing="ij")).reshape(3, -1)  # (3, 64**3)
-    features = to_features(rgb)
-    keys = np.empty((rgb.shape[1], len(COLORS)), dtype=np.int32)  # distance above, index below, so that one sort ranks them
-    nearest, distance = np.zeros(len(keys), dtype=np.uint8), np.full(len(keys), np.inf, dtype=np.float32)
-    for index, color in enumerate(COLORS.astype(np.float32)[:, :, None]):
-        keys[:, index] = ((features - to_features(color)) ** 2).sum(axis=0).astype(np.int32) * 32 + index
-        to_color = np.sqrt(((rgb - color) ** 2).sum(axis=0))
-        nearest[to_color < distance] = index
-        distance = np.minimum(distance, to_color)
-    bit = np.int32(1) << nearest
-    alone = np.where(np.isin(nearest, STANDALONE), bit, 0)
-    alone[keys[:, POLE] // 32 < POLE_DISTANCE**2] |= 1 << POLE
-    alone[table_index(COLORS)] |= 1 << np.arange(len(COLORS))  # an exact colour is no chance
-    keys.sort(axis=1)
-    return ColorTables(
-        nearest,
-        sure=np.where(distance < SURE_DISTANCE, bit, 0),
-        rim=np.abs(distance - SURE_DISTANCE) < 2.6,  # half the diagonal of a cell
-        alone=alone,
-        ranking=np.ascontiguousarray((keys & 31).T, dtype=np.uint8),
-    )
+SURE_DISTANCE = 12  # in RGB: flat areas stay within 6 of their colour at JPEG quality 95
+LUMA_WEIGHT = 4  # 4:2:0 blurs chroma alone, so luma tells better on which side of an edge a pixel lies
+STANDALONE_DISTANCE = 15  # in to_features: lower, and persons appear where two other classes meet
+THIN_DISTANCE = 16  # in to_features: mixtures are as grey as poles, but seldom as bright
+MIN_PALETTE_SHARE = 0.45  # sure pixels, background aside: real labels have 0.60 and more, photos up to 0.32
+STRANGE_DISTANCE = 14  # in RGB: JPEG can move the colour of a narrow flat area by 13
+MAX_STRANGE = 15  # flat places in a strange colour: real labels have 0 to 7
+FLAT_SIZE, FLAT_SPREAD = 5, 8  # 5x5 pixels that differ by 8 at most: hardly any edge stays even over so many
 
 
-def table_index(rgb: np.ndarray) -> np.ndarray:
-    """uint8 (..., 3) to the index into the tables, int32 (...)."""
-    index = (rgb[..., 0] >> 2).astype(np.int32)
-    for channel in (1, 2):
-        index <<= 6
-        index |= rgb[..., channel] >> 2
-    return index
+class LabelDecoder:
+    """Reads colour-coded labels that shrinking and JPEG have blurred, and finds colours of other tables.
+
+    Raises:
+        DatasetError: not 2 to 60 classes, a colour that is no RGB triple of 0..255, or one colour twice.
+    """
+
+    def __init__(self, classes: tuple[SegmentationClass, ...], void_colors: dict[str, tuple]) -> None:
+        check_table(classes, void_colors)
+        colors = [*(entry.color for entry in classes), *void_colors.values()]
+        self.colors = np.array(colors, dtype=np.uint8)  # (K, 3)
+        self.ids = np.array([*range(len(classes)), *[0] * len(void_colors)], dtype=np.uint8)  # (K,)
+        self.unsure = len(self.colors)  # stands for "no colour" where an index into colors is expected
+        self.void = np.append(self.ids == 0, False)  # and unsure is none
+        self.void[0] = False  # nor is the background's own colour
+        self.features = to_features(self.colors)
+        self.standalone = (self.ids > 0) & (distance_to_mixtures(self.features) > STANDALONE_DISTANCE)
+        self.thin = np.array([*(entry.thin for entry in classes), *[False] * len(void_colors)])  # (K,)
+        self.sure = self.sure_table()
+
+    def sure_table(self) -> np.ndarray:
+        """For each RGB value the colour within SURE_DISTANCE, or unsure; uint8 (256, 256, 256)."""
+        table = np.full((256, 256, 256), self.unsure, dtype=np.uint8)
+        nearest = np.full(table.shape, SURE_DISTANCE**2, dtype=np.uint8)  # squared distance
+        for index, color in enumerate(self.colors.tolist()):
+            ranges = [np.arange(256)[max(level - SURE_DISTANCE, 0) : level + SURE_DISTANCE + 1]
+                      for level in color]
+            cube = tuple(slice(levels[0], levels[-1] + 1) for levels in ranges)
+            r, g, b = np.ix_(*((levels - level) ** 2 for levels, level in zip(ranges, color)))
+            squared = r + g + b
+            closer = squared < nearest[cube]
+            table[cube][closer], nearest[cube][closer] = index, squared[closer]
+        return table
+
+    def match(self, rgb: np.ndarray) -> np.ndarray:
+        """The colour that each pixel of uint8 (H, W, 3) surely has, by its index, or unsure; uint8 (H, W)."""
+        r, g, b = np.moveaxis(rgb, -1, 0).astype(np.int32)
+        return self.sure.ravel().take(r << 16 | g << 8 | b)
+
+    def decode(self, rgb: np.ndarray) -> np.ndarray:
+        """Colour-coded label uint8 (H, W, 3) to class ids uint8 (H, W).
+
+        A pixel near a colour of the table has its class. A mixed colour may resemble a third class, so other
+        pixels get the nearest among the colours that surely stand within two pixels (the reach of 4:2:0
+        chroma) or, where none does, beside any unsure pixel. A colour that no mixture resembles is allowed
+        wherever it is the nearest of all, a thin class wherever it is near.
+        """
+        color = self.match(rgb)
+        chance = self.chance_hits(color, rgb)
+        sure = np.where(chance, self.unsure, color)
+        unsure = np.flatnonzero(sure == self.unsure)
+        allowed = self.colors_around(sure, unsure)  # (K, N)
+        anywhere = allowed.any(axis=1, keepdims=True)
+        lonely = np.flatnonzero(~allowed.any(axis=0))
+        # Chance hits count where they are all there is.
+        allowed[:, lonely] = self.colors_around(np.where(chance, color, self.unsure), unsure[lonely])
+        lonely = lonely[~allowed[:, lonely].any(axis=0)]
+        allowed[:, lonely] = anywhere | ~anywhere.any()
+
+        distance = self.distances(rgb.reshape(-1, 3)[unsure])  # (K, N)
+        allowed[self.standalone] |= distance[self.standalone] == distance.min(axis=0)
+        allowed[self.thin] |= distance[self.thin] < THIN_DISTANCE**2
+        np.copyto(distance, np.inf, where=~allowed)
+        sure.ravel()[unsure] = distance.argmin(axis=0)
+        return self.ids[sure]
+
+    def colors_around(self, color: np.ndarray, where: np.ndarray) -> np.ndarray:
+        """Which colours stand in the 5x5 pixels round each of `where`, N flat indices; bool (K, N)."""
+        padded = np.pad(color, 2, constant_values=self.unsure)
+        found = np.zeros((self.unsure, len(where)), dtype=bool)
+        for index in np.flatnonzero(np.bincount(color.ravel(), minlength=self.unsure + 1)[:-1]):
+            mask = padded == index
+            for _ in range(2):  # rows, then columns
+                mask = (mask[:-4] | mask[1:-3] | mask[2:-2] | mask[3:-1] | mask[4:]).T
+            found[index] = mask.ravel()[where]
+        return found
+
+    def distances(self, pixels: np.ndarray) -> np.ndarray:
+        """For RGB (N, 3) the squared distances to the colours in to_features, float32 (K, N)."""
+        features = to_features(pixels)
+        distance = -2 * self.features @ features.T
+        distance += (self.features**2).sum(axis=1)[:, None]
+        distance += (features**2).sum(axis=1)
+        return distance
+
+    def chance_hits(self, color: np.ndarray, rgb: np.ndarray) -> np.ndarray:
+        """Void pixels that stand in no 2x2 block and are not exact; bool (H, W).
+
+        A mixture of two classes often hits a void colour, and would put a dark ring round cars.
+        """
+        padded = np.pad(color, 1, constant_values=self.unsure)
+        same = padded[1:] == padded[:-1]
+        block = same[:, 1:] & same[:, :-1] & (padded[1:, 1:] == padded[1:, :-1])  # (H + 1, W + 1), four alike
+        block = block[1:] | block[:-1]
+        hits = self.void[color] & ~(block[:, 1:] | block[:, :-1])
+        hits[hits] = (rgb[hits] != self.colors[color[hits]]).any(axis=1)
+        return hits
+
+    def palette_share(self, rgb: np.ndarray) -> float:
+        """Share of sure pixels among those not surely background, 0 if there are none.
+
+        The background's colour proves nothing: other tables and dark photos have it too.
+        """
+        color = self.match(rgb)
+        return float((color[color != 0] != self.unsure).mean()) if color.any() else 0.0
+
+    def problem(self, rgb: np.ndarray) -> str | None:
+        """Why uint8 (H, W, 3) is no label in this table's colours, as the end of a message, or None."""
+        step = max(1, len(rgb) // 256)  # an enlarged label has wider edges
+        rgb = rgb[::step, ::step]
+        color = self.match(rgb)
+        foreground, unsure = np.mean(color != 0), np.mean(color == self.unsure)
+        strange = self.strange_places(rgb, color)  # (N, 3)
+        no_label = unsure > max((1 - MIN_PALETTE_SHARE) * foreground, 0.05)
+        if len(strange) > MAX_STRANGE and unsure - len(strange) / color.size < 1 - MIN_PALETTE_SHARE:
+            cells, counts = np.unique(strange // 16, axis=0, return_counts=True)
+            commonest = (strange // 16 == cells[counts.argmax()]).all(axis=1)
+            named = np.median(strange[commonest], axis=0).astype(int)
+            share = np.mean((color == self.unsure) & (abs(rgb - named) <= SURE_DISTANCE).all(axis=2))
+            return (f"{share:.1%} of its label are rgb{tuple(named.tolist())}, no colour of the class table; "
+                    "add it to CLASSES in dataset.py, or to VOID_COLORS if it is to count as background")
+        if no_label:
+            return (f"its right half is no colour-coded label: {1 - unsure / foreground:.0%} of its pixels, "
+                    "background aside, lie near a colour of the class table, expected "
+                    f"{MIN_PALETTE_SHARE:.0%} or more; recolour or remove it")
+        return None
+
+    def strange_places(self, rgb: np.ndarray, color: np.ndarray) -> np.ndarray:
+        """The colours, int (N, 3), of flat places that are far from every colour of the table."""
+        far = color == self.unsure
+        if min(far.shape) < FLAT_SIZE:
+            return np.empty((0, 3), dtype=int)
+        for _ in range(FLAT_SIZE - 1):  # shrink to the corners of the 5x5 places that are far throughout
+            far = far[1:, 1:] & far[:-1, 1:] & far[1:, :-1] & far[:-1, :-1]
+        places = sliding_window_view(rgb, (FLAT_SIZE, FLAT_SIZE), (0, 1))[far]  # (N, 3, 5, 5)
+        flat = np.ptp(places, axis=(2, 3)).max(axis=1, initial=0) <= FLAT_SPREAD
+        middle = places[flat, :, FLAT_SIZE // 2, FLAT_SIZE // 2].astype(int)
+        squared = ((middle[:, None] - self.colors) ** 2).sum(axis=2)  # (N, K)
+        return middle[(squared > STRANGE_DISTANCE**2).all(axis=1)]
+
+
+def check_table(classes: tuple[SegmentationClass, ...], void_colors: dict[str, tuple]) -> None:
+    """Raise DatasetError if a decoder cannot be built from the table."""
+    entries = [*(entry[:2] for entry in classes), *void_colors.items()]
+    if not 2 <= len(classes) <= 60 or len(entries) > 255:
+        raise DatasetError(f"dataset.py: {len(classes)} CLASSES and {len(void_colors)} VOID_COLORS; "
+                           "give 2 to 60 classes and at most 255 colours in all")
+    seen = {}
+    for name, color in entries:
+        if len(color) != 3 or any(level not in range(256) for level in color):
+            raise DatasetError(f"dataset.py: {name!r} has the colour {color}; "
+                               "give three whole numbers from 0 to 255")
+        if tuple(color) in seen:
+            raise DatasetError(f"dataset.py: {seen[tuple(color)]!r} and {name!r} have the same colour "
+                               f"{color}; change one")
+        seen[tuple(color)] = name
 
 
 def to_features(rgb: np.ndarray) -> np.ndarray:
-    """float32 (3, N) to JPEG's luma, weighted, and its two chroma channels, float32 (3, N)."""
-    r, g, b = rgb
+    """RGB (N, 3) to JPEG's luma, weighted, and its two chroma channels, float32 (N, 3)."""
+    r, g, b = rgb.T.astype(np.float32)
     y = 0.299 * r + 0.587 * g + 0.114 * b
-    return np.stack([LUMA_WEIGHT * y, 0.564 * (b - y), 0.713 * (r - y)])
+    return np.stack([LUMA_WEIGHT * y, 0.564 * (b - y), 0.713 * (r - y)], axis=1)
 
 
-def match_colors(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each pixel of uint8 (H, W, 3) its table_index and the bit of the colour it surely is, or 0; both int32 (H, W)."""
-    tables, index = color_tables(), table_index(rgb)
-    found = tables.sure.take(index)
-    rim = np.flatnonzero(tables.rim.take(index))
-    color = tables.nearest.take(index.ravel().take(rim))
-    difference = rgb.reshape(-1, 3).take(rim, axis=0).astype(np.int32) - COLORS.take(color, axis=0)
-    found.ravel()[rim] = np.where((difference**2).sum(axis=1) < SURE_DISTANCE**2, np.int32(1) << color, 0)
-    return index, found
+def distance_to_mixtures(points: np.ndarray) -> np.ndarray:
+    """How far each of (K, 3) lies from the nearest segment between two others, (K,)."""
+    distances = np.full(len(points), np.inf)
+    for index, point in enumerate(points):
+        starts = np.delete(points, index, axis=0)[:, None]
+        directions = starts.swapaxes(0, 1) - starts  # (K - 1, K - 1, 3)
+        length = np.maximum((directions**2).sum(axis=2), 1e-9)
+        along = (((point - starts) * directions).sum(axis=2) / length).clip(0, 1)
+        nearest = starts + along[:, :, None] * directions
+        distances[index] = np.linalg.norm(nearest - point, axis=2).min(initial=np.inf)
+    return distances
 
 
-def palette_share(rgb: np.ndarray) -> float:
-    """Share of the pixels of uint8 (H, W, 3) whose colour is surely an official one."""
-    return float(np.mean(match_colors(rgb)[1] != 0))
+@functools.cache
+def project_decoder() -> LabelDecoder:
+    """The decoder of this file's table, built at the first call so that a faulty table ends in one line."""
+    return LabelDecoder(CLASSES, VOID_COLORS)
 
 
 def decode_label(rgb: np.ndarray) -> np.ndarray:
-    """Colour-coded label uint8 (H, W, 3) to class ids uint8 (H, W), undoing what shrinking and JPEG did to its edges.
-
-    A pixel near an official colour has that class; void colours are 0. A mixed colour may resemble a third class, so its pixel gets
-    the nearest among the colours that surely stand within two pixels (the reach of 4:2:0 chroma) or, where none does, anywhere in
-    the picture.
-    """
-    return settle_edges(*match_colors(rgb))
+    """Colour-coded label uint8 (H, W, 3) to class ids uint8 (H, W), with this file's table."""
+    return project_decoder().decode(rgb)
 
 
-def settle_edges(index: np.ndarray, found: np.ndarray) -> np.ndarray:
-    """decode_label for what match_colors returns."""
-    tables = color_tables()
-    # Void needs a block of 2x2 pixels: a mixture of two classes often hits one of its colours, and would put a dark ring round cars.
-    padded = np.pad(found, 1)
-    pairs = padded[1:] & padded[:-1]
-    blocks = pairs[:, 1:] & pairs[:, :-1]  # (H + 1, W + 1): all four agree
-    pairs = blocks[1:] | blocks[:-1]
-    in_block = pairs[:, 1:] | pairs[:, :-1]  # (H, W)
-    sure = found & (in_block | ~VOID_BITS)
-    label = COLOR_TO_ID.take(tables.nearest.take(index))
-
-    edges = np.flatnonzero(sure == 0)
-    values, candidates = index.ravel().take(edges), spread(sure).ravel().take(edges)
-    candidates = np.where(candidates == 0, spread(found).ravel().take(edges), candidates)  # if chance hits are all there is
-    candidates |= tables.alone.take(values)
-    candidates[candidates == 0] = np.bitwise_or.reduce(sure, axis=None) or ANY_COLOR
-    label.ravel()[edges] = COLOR_TO_ID.take(np.frexp(candidates.astype(np.float64))[1] - 1)  # the highest bit, mostly the only one
-
-    several = np.flatnonzero(candidates & (candidates - 1))
-    for ranked in tables.ranking:
-        color = ranked.take(values.take(several))
-        chosen = (candidates.take(several) >> color) & 1 == 1
-        label.ravel()[edges.take(several[chosen])] = COLOR_TO_ID.take(color[chosen])
-        several = several[~chosen]
-        if not len(several):
-            break
-    return label
+def check_classes(names: Sequence[str], colors: Sequence, owner: str | Path) -> None:
+    """DatasetError if the class ids of a checkpoint, its `owner`, mean something else than here."""
+    for i, (name, color) in enumerate(zip(names, colors)):
+        here = CLASSES[i] if i < len(CLASSES) else None
+        if not here or (name, tuple(color)) != (here.name, tuple(here.color)):
+            known = f"{here.name} {here.color}" if here else "missing"
+            raise DatasetError(f"{owner}: its class {i} is {name} {tuple(color)}, in CLASSES of dataset.py it is "
+                               f"{known}; restore CLASSES as it was in training, or train anew")
 
 
-def spread(bits: np.ndarray) -> np.ndarray:
-    """The bits of int32 (H, W) that stand in the 5x5 pixels around each."""
-    H, W = bits.shape
-    padded = np.pad(bits, 2)
-    rows = padded[:, :W] | padded[:, 4:]
-    result = np.zeros_like(bits)
-    for shift in (1, 2, 3):  # in place: new arrays of this size cost more than the operation
-        rows |= padded[:, shift : shift + W]
-    for shift in range(5):
-        result |= rows[shift : shift + H]
-    return result
+def colorize(label: np.ndarray) -> np.ndarray:
+    """Class ids uint8 (H, W) to their colours, uint8 (H, W, 3)."""
+    return project_decoder().colors[label]
 
 
-# --- Reading composites -------------------------------------------------------------------------------------------------
+# --- Photos -------------------------------------------------------------------------------------------------
+
+# What Pillow decodes by itself: EPS would start Ghostscript; WMF, GRIB and their like are only recognised.
+PHOTO_FORMATS = set("AVIF BLP BMP DCX DDS DIB FITS FTEX GIF ICNS ICO IM JPEG JPEG2000 MPO MSP PCD PCX PIXAR "
+                    "PNG PPM PSD QOI SGI SPIDER SUN TGA TIFF WEBP XBM XPM".split())
+PHOTO_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in PHOTO_FORMATS}
+# Images that Pillow may not read, or only a thumbnail of; others are known by the system's MIME types.
+OTHER_SUFFIXES = set(".3fr .arw .avif .cr2 .cr3 .crw .dcr .dng .erf .heic .heif .iiq .jp2 .jxl .kdc .mef "
+                     ".mos .mrw .nef .nrw .orf .pef .raf .raw .rw2 .rwl .sr2 .srf .srw .svg .webp "
+                     ".x3f".split())
+BIT_DEPTHS = (8, 10, 12, 14, 16, 24, 32)  # 10 to 14 are those of camera sensors, stored in 16
+GREY = 128  # what shows where a photo is transparent
+Turn = Image.Transpose
+TURNS = {2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM, 5: Turn.TRANSPOSE,
+         6: Turn.ROTATE_270, 7: Turn.TRANSVERSE, 8: Turn.ROTATE_90}  # by EXIF orientation
+# Segments of a JPEG; E0 and EE are none of them, as they say what the channels mean.
+JPEG_METADATA = {bytes((0xFF, code)) for code in (*range(0xE1, 0xEE), 0xEF, 0xFE)}
+# Pillow warns of damaged metadata, which do not matter here, and of size, which is checked below.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-def natural_key(path: Path) -> list:
+def is_image(path: Path) -> bool:
+    """Whether the name of a file says that it is an image, be it one that Pillow reads or not."""
+    suffix = path.suffix.lower()
+    kind = mimetypes.guess_type(f"name{suffix}")[0] or ""
+    return suffix in PHOTO_SUFFIXES or suffix in OTHER_SUFFIXES or kind.startswith("image/")
+
+
+def natural_key(path: Path) -> tuple[list, str]:
     """Sort key that puts 2.jpg before 10.jpg; digits compare as numbers, everything else as text."""
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", str(path))]
+    parts = re.split(r"(\d+)", str(path))
+    numbers = [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
+    return numbers, str(path)  # the text settles 01.jpg and 1.jpg
 
 
-def list_images(folder: str | Path, suffixes: tuple[str, ...] = COMPOSITE_SUFFIXES) -> list[Path]:
-    """The images of a folder in natural order, hidden files left out."""
-    paths = (path for path in Path(folder).iterdir() if path.suffix.lower() in suffixes and path.name[0] != ".")
+def list_images(folder: str | Path) -> list[Path]:
+    """What is named like an image in a folder, in natural order, but no hidden files.
+
+    What cannot be read is among it, so that `read_image` tells.
+
+    Raises:
+        DatasetError: the folder cannot be listed.
+    """
+    try:
+        paths = [path for path in Path(folder).iterdir() if path.name[0] != "." and is_image(path)]
+    except OSError as error:
+        raise DatasetError(f"{folder} cannot be listed ({error.strerror}); check its permissions") from error
     return sorted(paths, key=natural_key)
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """A photo from disk: upright, 8-bit RGB, whatever its mode was.
+    """A photo from disk: upright, 8-bit RGB and without metadata.
 
     Raises:
-        DatasetError: no such file, not an image, damaged, of one pixel, or too large to be a photo (a decompression bomb).
+        DatasetError: no such file, not an image, damaged, of one pixel, larger than Image.MAX_IMAGE_PIXELS,
+            or of values that `to_rgb` refuses.
     """
+    path = Path(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                photo = to_rgb(image)
+        photo = decode_image(path)
+    except DatasetError as error:
+        raise DatasetError(f"{path}: {error}") from error
     except FileNotFoundError as error:
         raise DatasetError(f"{path}: no such file; check the path") from error
-    except Exception as error:  # on damaged bytes Pillow's readers raise a dozen types, SyntaxError and struct.error among them
-        reason = "is a folder" if Path(path).is_dir() else f"cannot be read as an image ({str(error) or type(error).__name__})"
+    except Exception as error:  # Pillow raises a dozen types on damaged bytes, SyntaxError among them
+        reason = f"cannot be read as an image ({str(error) or type(error).__name__})"
+        reason = "is a folder" if os.path.isdir(path) else reason
         raise DatasetError(f"{path}: {reason}; replace or remove it") from error
     if min(photo.size) < 2:
-        raise DatasetError(f"{path}: has {photo.width}x{photo.height} pixels, expected 2x2 or more; replace or remove it")
+        size = f"{photo.width}x{photo.height}"
+        raise DatasetError(f"{path}: has {size} pixels, expected 2x2 or more; replace or remove it")
     return photo
 
 
+def decode_image(path: Path) -> Image.Image:
+    """The pixels of a file as `to_rgb` gives them, if need be without its metadata."""
+    if is_image(path) and path.suffix.lower() not in PHOTO_SUFFIXES:  # of a .dng a thumbnail would be read
+        raise DatasetError(f"Pillow {PIL.__version__} does not read {path.suffix}; convert it to JPEG or PNG")
+    formats, failure = sorted(PHOTO_FORMATS & set(Image.OPEN)), None
+    for source in readings(path):
+        try:
+            with Image.open(source, formats=formats) as image:
+                check_size(image.width * image.height)
+                return to_rgb(image)
+        except Image.DecompressionBombError as error:  # above twice the limit
+            check_size(int(re.search(r"\d+", str(error))[0]))
+        except DatasetError:
+            raise
+        except Exception as error:
+            failure = failure or error  # what is wrong with the file as it is
+    raise failure
+
+
+def check_size(n_pixels: int) -> None:
+    limit = Image.MAX_IMAGE_PIXELS  # None where a program has lifted it
+    if limit and n_pixels > limit:
+        raise DatasetError(f"has {n_pixels / 1e6:.1f} megapixels, the limit is {limit / 1e6:.1f}; shrink it")
+
+
+def readings(path: Path) -> Iterator[Path | io.BytesIO]:
+    """A file as it is; then, of a PNG or JPEG, what is left without metadata but EXIF; then without any."""
+    yield path
+    data = path.read_bytes()
+    png, jpeg = data.startswith(b"\x89PNG\r\n\x1a\n"), data.startswith(b"\xff\xd8")
+    for kept in ((b"tRNS", b"eXIf", b"\xff\xe1"), (b"tRNS",)) if png or jpeg else ():
+        place = 8 if png else 2
+        parts = [data[:place]]
+        while place < len(data) and data[place : place + 2] != b"\xff\xda":  # up to the scan of a JPEG
+            if png:  # size of the content, name, content, checksum
+                name, size = data[place + 4 : place + 8], 12 + int.from_bytes(data[place : place + 4], "big")
+            else:  # marker, then the size of what follows, its own two bytes included
+                name, size = data[place : place + 2], 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+            if name in kept or not (name[:1].islower() if png else name in JPEG_METADATA):
+                parts.append(data[place : place + size])
+            place += size
+        yield io.BytesIO(b"".join(parts) + data[place:])
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to 8-bit RGB, turned upright by its EXIF orientation.
+    """Any mode to 8-bit RGB without metadata: upright as EXIF says, over grey where it is transparent.
 
-    16-bit grey is scaled to 8 bits, where Pillow alone would clip it to white.
+    8 bits are taken as they are, more bits scaled as `to_8_bits` says.
+
+    Raises:
+        DatasetError: values that cannot be scaled.
     """
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":  # grey of 16 or 32 bits, or of floats
-        levels = np.nan_to_num(np.asarray(image, dtype=np.float32)).clip(0)
-        white = 65535 if image.mode.startswith("I") else max(levels.max(), 1e-9)
-        image = Image.fromarray((levels * (255 / white)).clip(max=255).round().astype(np.uint8))
-    return image.convert("RGB")
+    layout = str(image.tile[0][3]) if getattr(image, "tile", None) else ""  # the file's; load() forgets it
+    image.load()
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # damaged EXIF says nothing
+        turn = None
+    if image.mode == "F" or image.mode.startswith("I"):
+        rgb = Image.fromarray(to_8_bits(image)).convert("RGB")
+    elif ";16" in layout and max(high for _, high in image.getextrema()[:3]) < 64:  # upper 8 of 16 bits
+        raise DatasetError("has colours of 16 bits that fill at most 14, and Pillow drops 8; save 8 bits")
+    elif image.has_transparency_data:
+        rgb, color = Image.new("RGB", image.size, (GREY, GREY, GREY)), image.info.get("transparency")
+        if layout in ("L;2", "L;4"):  # a PNG's transparent colour has the file's bits, Pillow's pixels have 8
+            image.info["transparency"] = color * (85 if layout == "L;2" else 17)
+        elif layout == "RGB;16B":
+            image.info["transparency"] = tuple(value >> 8 for value in color)
+        rgba = image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA")
+        rgb.paste(rgba, mask=rgba)
+    else:
+        rgb = image.convert("RGB")
+    rgb.info = {}
+    return rgb if turn is None else rgb.transpose(turn)
 
 
-def read_composite(path: str | Path, image_size: int | None = 256) -> tuple[np.ndarray, np.ndarray]:
-    """One composite, photo left and colour-coded label right.
+def to_8_bits(image: Image.Image) -> np.ndarray:
+    """Grey of integers or floats to uint8 (H, W).
+
+    White is 2**n - 1 for integers, n the smallest of BIT_DEPTHS that holds the largest value; for floats 1 if
+    none is larger, 255 if more than 1% of them are larger than 1.
+
+    Raises:
+        DatasetError: negative, infinite or NaN values, or floats of other ranges.
+    """
+    values = np.asarray(image)  # (H, W)
+    sample_format = getattr(image, "tag_v2", {339: None}).get(339, 1)  # of a TIFF; 1 is unsigned
+    if image.mode == "I" and sample_format in (1, (1,)):
+        values = values.view(np.uint32)  # which Pillow reads as signed
+    low, high = np.fmin.reduce(values, axis=None), np.fmax.reduce(values, axis=None)  # NaN left out
+    share, n_nan = np.mean(values > 1), np.count_nonzero(values != values)
+    if image.mode == "F":
+        white = 1 if high <= 1 else 255 if high <= 255 and share > 0.01 else None
+    else:
+        white = next(2**bits - 1 for bits in BIT_DEPTHS if high < 2**bits)
+    if white is None or low < 0 or n_nan:
+        raise DatasetError(f"has values of {low:g} to {high:g}, {share:.2%} above 1, {n_nan} NaN; expected "
+                           "integers from 0, floats of 0..1 or of 0..255, over 1% above 1; save 8 bits")
+    grey = np.multiply(values, 255 / white, dtype=np.float32).round().astype(np.uint8)
+    grey[values == image.info.get("transparency", -1)] = GREY
+    return grey
+
+
+# --- Composites ---------------------------------------------------------------------------------------------
+
+
+def read_composite(path: str | Path, image_size: int | None = 256, *,
+                   resize_label: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """One composite, photo left and colour-coded label right, h pixels high.
 
     Returns:
-        image uint8 (S, S, 3), resized with bilinear filtering, and label uint8 (S, S), ids 0..19, resized with nearest;
-        S is image_size, or the composite's height for None.
+        image uint8 (S, S, 3), resized with bilinear filtering; label uint8 (S, S), ids in CLASSES, resized
+        with nearest, or (h, h) as it is. S is image_size, or h for None.
     Raises:
         DatasetError: unreadable, not twice as wide as high, halves swapped, or a right half that is no label.
     """
     composite = read_image(path)
     width, height = composite.size
-    if width != 2 * height or height < 2:
-        raise DatasetError(f"{path}: {width}x{height} pixels; a composite is twice as wide as high (photo left, label right)")
+    if width != 2 * height:
+        raise DatasetError(f"{path}: {width}x{height} pixels; a composite is twice as wide as high "
+                           "(photo left, label right)")
     image, label_rgb = composite.crop((0, 0, height, height)), np.asarray(composite)[:, height:]
-    index, found = match_colors(label_rgb)
-    share = np.mean(found != 0)
-    if share < MIN_PALETTE_SHARE:
-        if palette_share(np.asarray(image)) >= MIN_PALETTE_SHARE:
-            raise DatasetError(f"{path}: its halves are swapped (label left); put the photo left and the label right")
-        raise DatasetError(
-            f"{path}: its right half is no colour-coded label: {share:.0%} of its pixels lie near a Cityscapes colour, "
-            f"expected {MIN_PALETTE_SHARE:.0%} or more; recolour or remove it"
-        )
-    label = settle_edges(index, found)
+    decoder = project_decoder()
+    if problem := decoder.problem(label_rgb):
+        if decoder.palette_share(np.asarray(image)) >= MIN_PALETTE_SHARE:
+            problem = "its halves are swapped (label left); put the photo left and the label right"
+        raise DatasetError(f"{path}: {problem}")
+    label = decoder.decode(label_rgb)
     if image_size not in (None, height):
         size = (image_size, image_size)
         image = image.resize(size, Image.Resampling.BILINEAR)
-        label = np.asarray(Image.fromarray(label).resize(size, Image.Resampling.NEAREST))
+        if resize_label:
+            label = np.array(Image.fromarray(label).resize(size, Image.Resampling.NEAREST))
     return np.asarray(image), label
 
 
-class Reader(Dataset):
-    """Composites from disk, checked and packed, uint8 (H, W, 4); of a bad one the error message."""
-
-    def __init__(self, paths: list[Path], image_size: int, n_classes: int) -> None:
-        self.paths, self.image_size, self.n_classes = paths, image_size, n_classes
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> np.ndarray | str:
-        try:
-            image, label = read_composite(self.paths[index], self.image_size)
-        except DatasetError as error:
-            return str(error)
-        if label.max() >= self.n_classes:
-            return (f"{self.paths[index]}: holds class id {label.max()} ({CLASSES[label.max()].name}), expected ids below "
-                    f"--num_classes {self.n_classes}; pass --num_classes {label.max() + 1} or more")
-        return pack(image, label)
-
-
-class CompositeDataset(Dataset):
-    """The composites of one folder, checked once and then served from memory or from disk.
-
-    Every file is read and decoded at the start, so a bad one is named before any training. With `cache` the result is kept:
-    4 bytes a pixel, 0.26 MB a composite at 256x256, 0.85 GB for the 3,225 of Cityscapes' train and (half its) val. Without,
-    it is thrown away and decoded again by each access, in DataLoader workers.
-
-    `class_pixels` counts the pixels of each class, int64 (n_classes,).
-
-    Items are image uint8 (3, H, W) and label uint8 (H, W). A batch is one tensor, so that it is one gather and one transfer:
-    uint8 (B, H, W, 4), red, green, blue and class id, to be taken apart by split_batch on the device.
-
-    Raises:
-        DatasetError: no such folder, no composites in it, a bad composite, or a label id of `n_classes` or more.
-    """
-
-    def __init__(self, folder: str | Path, image_size: int = 256, n_classes: int = len(CLASSES), *, cache: bool = True,
-                 show_progress: bool = True) -> None:
-        self.paths = list_composites(folder)
-        self.image_size, self.n_classes, self.cache = image_size, n_classes, cache
-        n_kept = len(self.paths) if cache else 0
-        self.pixels = torch.empty((n_kept, image_size, image_size, 4), dtype=torch.uint8)
-        self.class_pixels = np.zeros(n_classes, dtype=np.int64)
-        # Processes, because two threads are hardly faster than one; few files are read sooner than processes start.
-        workers = available_cpus() if len(self.paths) >= 256 else 0
-        color_tables()  # built before the processes fork, so that each has it
-        batches = DataLoader(Reader(self.paths, image_size, n_classes), batch_size=8, num_workers=workers, collate_fn=keep_batch)
-        problems, index = [], 0
-        with tqdm(desc=f"Reading {Path(folder).name}", total=len(self.paths), unit="image", leave=False,
-                  disable=None if show_progress else True) as progress:
-            for sample in itertools.chain.from_iterable(batches):
-                if isinstance(sample, str):
-                    problems.append(sample)
-                else:
-                    self.class_pixels += np.bincount(sample[..., 3].ravel(), minlength=n_classes)
-                    if cache:
-                        self.pixels.numpy()[index] = sample
-                index += 1
-                progress.update()
-        if problems:
-            others = f" (and {len(problems) - 1} other composites have problems)" if len(problems) > 1 else ""
-            raise DatasetError(f"{problems[0]}{others}")
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        images, labels = split_batch(self.__getitems__([index]))
-        return images[0], labels[0]
-
-    def __getitems__(self, indices: list[int]) -> Tensor:
-        if self.cache:
-            return self.pixels[torch.as_tensor(indices)]
-        return torch.from_numpy(np.stack([pack(*read_composite(self.paths[index], self.image_size)) for index in indices]))
-
-
-def pack(image: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """uint8 image (H, W, 3) and label (H, W) to one array (H, W, 4)."""
-    return np.stack([*image.transpose(2, 0, 1), label], axis=2)  # plane by plane: five times as fast as joining them
-
-
-def split_batch(batch: Tensor) -> tuple[Tensor, Tensor]:
-    """A batch of CompositeDataset, uint8 (B, H, W, 4), to its images (B, 3, H, W) and labels (B, H, W), without a copy."""
-    return batch[..., :3].permute(0, 3, 1, 2), batch[..., 3]
-
-
-def keep_batch(batch):
-    """collate_fn that leaves a batch as it is: CompositeDataset.__getitems__ has gathered it already."""
-    return batch
-
-
 def list_composites(folder: str | Path) -> list[Path]:
-    """The composites of `folder` in natural order; DatasetError with the expected layout where there are none."""
+    """The composites of a folder in natural order; DatasetError with the expected layout if it has none."""
     folder = Path(folder)
-    problem = "is missing" if not folder.exists() else "is not a folder" if not folder.is_dir() else ""
-    if not problem:
-        try:
-            paths = list_images(folder)
-        except OSError as error:
-            raise DatasetError(f"{folder} cannot be listed ({error.strerror}); check its permissions") from error
-        if paths:
-            return paths
-        problem = "holds no composites (.jpg, .jpeg or .png)"
+    problem = "holds no composites"
+    if not folder.is_dir():
+        problem = "is not a folder" if folder.exists() else "is missing"
+    elif paths := list_images(folder):
+        return paths
     raise DatasetError(f"{folder} {problem}. {DATA_HELP}")
 
 
-def available_cpus() -> int:
-    """Cores this process may use: its share of those that the processes of torchrun have together."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
+# --- Data sets ----------------------------------------------------------------------------------------------
 
 
-def available_memory(root: Path = Path("/")) -> int | None:
-    """Bytes that can be taken without swapping or exceeding a container's limit; None where the system does not tell (not Linux)."""
-    try:
-        memory = re.search(r"^MemAvailable: +(\d+) kB", (root / "proc/meminfo").read_text(), re.MULTILINE)
-    except OSError:
-        return None
-    available = int(memory[1]) * 1024
-    try:
-        limit, used, details = ((root / "sys/fs/cgroup" / name).read_text() for name in ("memory.max", "memory.current", "memory.stat"))
-    except OSError:  # no container, or an old one
-        return available
-    if limit.strip() == "max":
-        return available
-    file_cache = re.search(r"^inactive_file (\d+)", details, re.MULTILINE)  # counted as used, but given up when memory is short
-    return min(available, int(limit) - int(used) + int(file_cache[1]))
+class CompositeDataset(Dataset):
+    """Composites on disk, decoded and checked at every access; an item is a batch.
+
+    Args:
+        paths: of the composites.
+        image_size: side S of the square that photos are resized to.
+        n_classes: ids in the labels are below this.
+        resize_labels: resize labels along with photos, to train on; else they keep their size, to score on.
+    """
+
+    def __init__(self, paths: Sequence[Path], image_size: int, n_classes: int, *,
+                 resize_labels: bool) -> None:
+        self.paths, self.image_size, self.n_classes = paths, image_size, n_classes
+        self.resize_labels = resize_labels
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | list[Tensor], list[str]]:
+        """images uint8 (B, 3, S, S) in channels_last, labels as from `stack`, and the others' faults."""
+        images, labels, problems = [], [], []
+        for index in indices:
+            try:
+                image, label = self.read(self.paths[index])
+            except DatasetError as error:
+                problems.append(str(error))
+            else:
+                images.append(image)
+                labels.append(torch.from_numpy(label))
+        images = np.array(images, dtype=np.uint8).reshape(-1, self.image_size, self.image_size, 3)
+        return torch.from_numpy(images).permute(0, 3, 1, 2), stack(labels), problems
+
+    def read(self, path: Path) -> tuple[np.ndarray, np.ndarray]:
+        """image uint8 (S, S, 3) and label uint8 (h, w); DatasetError if anything is wrong with it."""
+        image, label = read_composite(path, self.image_size, resize_label=self.resize_labels)
+        highest = int(label.max())
+        if highest >= self.n_classes:
+            raise DatasetError(f"{path}: holds class id {highest} ({CLASSES[highest].name}), expected ids "
+                               f"below --num_classes {self.n_classes}; pass --num_classes {highest + 1}")
+        return image, label
 
 
-# --- Whole batches on the device ----------------------------------------------------------------------------------------
+def stack(labels: list[Tensor]) -> Tensor | list[Tensor]:
+    """Labels (h, w) as one tensor (B, h, w), or as they are where their sizes differ."""
+    return torch.stack(labels) if len({label.shape for label in labels}) == 1 else labels
+
+
+class Split:
+    """A process's share of train/ or val/, and what is kept of it in memory.
+
+    Attributes:
+        images: uint8 (N, 3, S, S) in channels_last, or None where they are not kept.
+        features: the encoder's five feature maps of all images, each (N, C, h, w) in channels_last, or None.
+        labels: uint8 (N, h, w), or a list of N tensors (h, w) where sizes differ; kept along with the others.
+        class_pixels: how often each class occurs, int64 (n_classes,).
+    """
+
+    def __init__(self, composites: CompositeDataset, workers: int) -> None:
+        self.composites, self.workers = composites, workers
+        self.images: Tensor | None = None
+        self.features: list[Tensor] | None = None
+        self.labels: Tensor | list[Tensor] = []
+        self.class_pixels = torch.zeros(composites.n_classes, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self.composites)
+
+    def read(self, keep: bool, bar: tqdm) -> list[str]:
+        """Read and check every composite, count its pixels, keep it if asked; the faults, a line a file."""
+        N, S, labels, problems = len(self), self.composites.image_size, [], []
+        images = torch.empty((N * keep, 3, S, S), dtype=torch.uint8, memory_format=torch.channels_last)
+        project_decoder()  # built before the workers fork, so that each has it
+        batches = BatchSampler(range(N), READ_BATCH, drop_last=False)
+        workers = self.workers if N >= MANY_FILES else 0
+        for part in DataLoader(self.composites, batch_size=None, sampler=batches, num_workers=workers):
+            for image, label in zip(*part[:2]):
+                self.class_pixels += torch.bincount(label.flatten(), minlength=len(self.class_pixels))
+                if keep:
+                    images[len(labels)] = image
+                    labels.append(label.clone())  # not a view of the whole part
+            problems += part[2]
+            bar.update(len(part[0]) + len(part[2]))
+        if keep:
+            self.images, self.labels = images, stack(labels)
+        return problems
+
+    def keep_features(self, encode: Callable, like: Sequence[Tensor], bar: tqdm) -> None:
+        """Put the encoder's features in the place of the images.
+
+        Args:
+            encode: from images to feature maps.
+            like: feature maps of the dtype and on the device to keep them in.
+        Raises:
+            DatasetError: they are too large for the dtype.
+        """
+        images, finite = self.images, True
+        self.features = [torch.empty((len(self), *one.shape[1:]), dtype=one.dtype, device=one.device,
+                                     memory_format=torch.channels_last) for one in like]
+        for start in range(0, len(self), ENCODE_BATCH):
+            chosen = slice(start, start + ENCODE_BATCH)
+            for kept, part in zip(self.features, encode(images[chosen])):
+                kept[chosen] = part
+                finite &= kept[chosen].isfinite().all()
+            bar.update(len(images[chosen]))
+        if not finite:
+            raise DatasetError(f"the encoder's features exceed {like[0].dtype}; pass --no_cache")
+        self.images = None
+        if isinstance(self.labels, Tensor):
+            self.labels = self.labels.to(like[0].device)
+
+    def batches(self, order: Iterable[Sequence[int]], device: torch.device) -> Iterator[tuple]:
+        """inputs (images, or the five feature maps) and labels of each batch of indices, on the device.
+
+        Raises:
+            DatasetError: a composite that is not kept can no longer be read.
+        """
+        kept = self.features or self.images
+        if kept is None:
+            loader = DataLoader(self.composites, batch_size=None, sampler=order, num_workers=self.workers,
+                                pin_memory=device.type == "cuda")
+            for images, labels, problems in loader:
+                if problems:
+                    raise DatasetError(problems[0])
+                yield move(images, device), move(labels, device)
+            return
+        for indices in order:
+            inputs = take(kept, indices) if isinstance(kept, Tensor) else [take(one, indices) for one in kept]
+            if isinstance(self.labels, Tensor):
+                labels = take(self.labels, indices)
+            else:
+                labels = [self.labels[index] for index in indices]
+            yield move(inputs, device), move(labels, device)
+
+
+def take(tensor: Tensor, indices: Sequence[int]) -> Tensor:
+    """A batch; indexing with a tensor keeps channels_last, index_select does not."""
+    return tensor[torch.as_tensor(indices, device=tensor.device)]
+
+
+def move(tensors: Tensor | list[Tensor], device: torch.device) -> Tensor | list[Tensor]:
+    """Tensors to a device, to a GPU through pinned memory, so that the host need not wait."""
+    if isinstance(tensors, list):
+        return [move(one, device) for one in tensors]
+    if device.type == "cuda" and tensors.device.type == "cpu":
+        tensors = tensors.pin_memory()
+    return tensors.to(device, non_blocking=True)
+
+
+def storage_options(n_bytes: float, dtype: torch.dtype, free: dict[str, float]) -> list[list[str]]:
+    """Where features that take so many bytes in their dtype fit, as [device, dtype], the best place first.
+
+    Args:
+        free: bytes that may be taken on each device, the faster device first. Features in float32 may be kept
+            as float16, in half of the bytes.
+    """
+    needed = {str(dtype).removeprefix("torch."): n_bytes}
+    if dtype == torch.float32:
+        needed["float16"] = n_bytes / 2
+    return [[device, name] for device, room in free.items() for name, size in needed.items() if size <= room]
+
+
+# --- Whole batches on the device ----------------------------------------------------------------------------
+
+
+def augment(images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Mirror half of the images with their labels, and change brightness and contrast by 1 +- PHOTOMETRIC.
+
+    Args:
+        images: uint8 (B, 3, H, W).
+        labels: uint8 (B, H, W).
+        generator: on the images' device; the only source of randomness.
+    Returns:
+        images float32 (B, 3, H, W), a black pixel still 0, and labels uint8 (B, H, W).
+    """
+    draw = torch.rand((3, len(images), 1, 1, 1), device=images.device, generator=generator)
+    mirrored = draw[0] < 0.5
+    images = torch.where(mirrored, images.flip(3), images).float()
+    labels = torch.where(mirrored[..., 0], labels.flip(2), labels)
+    contrast, brightness = 1 + PHOTOMETRIC * (2 * draw[1:] - 1)
+    grey = images.mean(dim=(1, 2, 3), keepdim=True)
+    return torch.addcmul(grey * (1 - contrast) * brightness, images, contrast * brightness), labels
 
 
 def normalize(images: Tensor) -> Tensor:
-    """uint8 images (B, 3, H, W) to float32, ImageNet-normalised."""
+    """Images (B, 3, H, W) of 0..255, uint8 or float32, to float32 in channels_last, ImageNet-normalised."""
     mean, std = imagenet_statistics(images.device)
-    return (images - 255 * mean).div_(255 * std)
+    return (images - 255 * mean).div_(255 * std).contiguous(memory_format=torch.channels_last)
 
 
 @functools.cache  # a copy to the device makes the host wait; once a run is enough
@@ -427,233 +701,30 @@ def imagenet_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
     return mean.view(1, 3, 1, 1), std.view(1, 3, 1, 1)
 
 
-def augment(images: Tensor, labels: Tensor, generator: torch.Generator, min_crop: float = MIN_CROP) -> tuple[Tensor, Tensor]:
-    """Flip, zoom, shift, brighten and stretch each image of a batch on its own, and each label along with its image.
-
-    Half of the images are mirrored; a window of min_crop..1 of the side is cut at a random place and enlarged to the full
-    size; contrast and brightness are scaled by 1 +- PHOTOMETRIC.
-
-    Args:
-        images: normalised float32 (B, 3, H, W).
-        labels: uint8 (B, H, W).
-        generator: on the images' device; the only source of randomness.
-        min_crop: smallest side of the window, in sides of the image; 1 leaves the scale alone.
-    Returns:
-        images float32 (B, 3, H, W) in channels_last and labels uint8 (B, H, W).
-    """
-    B, _, H, W = images.shape
-    draw = torch.rand((6, B, 1, 1), device=images.device, generator=generator)
-    side = 1 - (1 - min_crop) * draw[0]
-    shift_x, shift_y = (1 - side) * (2 * draw[1] - 1), (1 - side) * (2 * draw[2] - 1)  # the window stays inside the image
-    mirror = torch.where(draw[3] < 0.5, -1.0, 1.0)
-    x, y = ((2 * torch.arange(n, device=images.device) + 1) / n - 1 for n in (W, H))  # centres of the pixels, in -1..1
-    grid = torch.stack(torch.broadcast_tensors(side * mirror * x + shift_x, side * y[:, None] + shift_y), dim=-1)  # (B, H, W, 2)
-    images = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    labels = F.grid_sample(labels[:, None].float(), grid, mode="nearest", padding_mode="border", align_corners=False)
-
-    contrast, brightness = (1 + PHOTOMETRIC * (2 * draw[4:, ..., None] - 1)).unbind()  # each (B, 1, 1, 1)
-    mean, std = imagenet_statistics(images.device)
-    black = -mean / std  # a black pixel, which brightness leaves as it is
-    grey = images.mean(dim=(1, 2, 3), keepdim=True)
-    offset = (grey * (1 - contrast) - black) * brightness + black  # (B, 3, 1, 1)
-    images = torch.addcmul(offset, images, contrast * brightness)  # both at once: each pass over the batch costs as much
-    return images.contiguous(memory_format=torch.channels_last), labels[:, 0].to(torch.uint8)
-
-
-# --- Demo scenes --------------------------------------------------------------------------------------------------------
-
-DEMO_SPLITS = {"train": 80, "val": 16}  # ten epochs of them take two minutes on two cores
-EYE, FOCAL = 1.7, 0.9  # metres the camera stands high, widths of the picture that its focal length is long
-
-
-class Scene:
-    """A street drawn twice through one pinhole camera: as a photo and as its label. Points are metres right, up and ahead."""
-
-    def __init__(self, seed: int, size: int) -> None:
-        self.size, self.rng = size, np.random.default_rng(seed)
-        self.vanishing_point = np.array([0.5, 0.45]) * size
-        self.photo, self.label = Image.new("RGB", (size, size)), Image.new("L", (size, size), CLASS_NAMES.index("sky"))
-        self.pens = ImageDraw.Draw(self.photo), ImageDraw.Draw(self.label)
-        self.light = self.rng.uniform(0.7, 1.1)
-
-    def tint(self, *rgb: int) -> np.ndarray:
-        """A colour like this one."""
-        return np.array(rgb) * self.rng.uniform(0.8, 1.2)
-
-    def paint(self, shape: str, name: str, color, points, width: float = 0) -> None:
-        """polygon, line or ellipse (box from its first to its second point) of `width` metres, on both pictures."""
-        x, y, z = np.array(points, dtype=float).T
-        scale = FOCAL * self.size / np.maximum(z, 1)
-        dots = np.stack([self.vanishing_point[0] + x * scale, self.vanishing_point[1] - (y - EYE) * scale], axis=1)
-        haze = np.exp(-z.min() / 150)  # far things fade
-        color = (np.array(color) * self.light * haze + np.array((200, 212, 224)) * self.light * (1 - haze)).clip(0, 255)
-        options = {"width": max(round(width * scale.mean()), self.size // 200)} if shape == "line" else {}
-        for pen, fill in zip(self.pens, (tuple(color.astype(int).tolist()), CLASS_NAMES.index(name))):
-            getattr(pen, shape)([tuple(dot) for dot in (np.sort(dots, axis=0) if shape == "ellipse" else dots).tolist()], fill=fill, **options)
-
-    def rectangle(self, name: str, color, x, y, z: float, **options) -> None:
-        """Upright, facing the camera, from (x[0], y[0]) to (x[1], y[1])."""
-        self.paint("polygon", name, color, [(x[0], y[0], z), (x[1], y[0], z), (x[1], y[1], z), (x[0], y[1], z)], **options)
-
-    def ellipse(self, name: str, color, x: float, y: float, z: float, radius_x: float, radius_y: float) -> None:
-        self.paint("ellipse", name, color, [(x - radius_x, y - radius_y, z), (x + radius_x, y + radius_y, z)])
-
-    def ground(self, name: str, color, left: float, right: float, near: float = 1, far: float = 400) -> None:
-        self.paint("polygon", name, color, [(left, 0, near), (right, 0, near), (right, 0, far), (left, 0, far)])
-
-    def building(self, side: int, x: float, near: float, far: float) -> None:
-        color, height = self.tint(*self.rng.choice([(190, 170, 140), (170, 110, 90), (150, 150, 155)])), self.rng.uniform(8, 18)
-        for x0, x1, z0, z1, shade in ((x, x + 12 * side, near, near, 0.8), (x, x, near, far, 1)):  # front, then side
-            self.paint("polygon", "building", color * shade, [(x0, 0, z0), (x1, 0, z1), (x1, height, z1), (x0, height, z0)])
-            for t in np.arange(0.1, 0.9, 0.2):
-                for y in np.arange(1.5, height - 2, 3):
-                    xs, zs = x0 + (x1 - x0) * np.array([t, t + 0.1]), z0 + (z1 - z0) * np.array([t, t + 0.1])
-                    corners = [(xs[0], y, zs[0]), (xs[1], y, zs[1]), (xs[1], y + 1.6, zs[1]), (xs[0], y + 1.6, zs[0])]
-                    self.paint("polygon", "building", (70, 85, 105), corners)
-
-    def barrier(self, name: str, x: float, near: float, far: float) -> None:
-        color = (150, 140, 135) if name == "wall" else (140, 100, 60)
-        self.paint("polygon", name, color, [(x, 0, near), (x, 0, far), (x, 1.8, far), (x, 1.8, near)])
-        for z in np.linspace(near, far, 24 if name == "fence" else 5):
-            self.paint("line", name, np.array(color) * 0.7, [(x, 0, z), (x, 1.8, z)], width=0.06)
-
-    def tree(self, x: float, z: float) -> None:
-        self.paint("line", "vegetation", (95, 70, 50), [(x, 0, z), (x, 3, z)], width=0.35)
-        for u, v, r, shade in self.rng.uniform((-1.3, 3, 0.7, 0.7), (1.3, 5.5, 1.4, 1.1), (14, 4)):
-            self.ellipse("vegetation", np.array((75, 115, 50)) * shade, x + u, v, z, r, r)
-
-    def vehicle(self, name: str, x: float, z: float) -> None:
-        width, height = {"car": (1.8, 1.5), "truck": (2.5, 3.4), "bus": (2.6, 3.1), "train": (2.7, 3.6)}[name]
-        color = {"truck": self.tint(190, 185, 170), "bus": self.tint(200, 160, 40), "train": self.tint(60, 130, 90)}.get(
-            name, self.tint(*self.rng.choice([(170, 40, 40), (40, 70, 140), (200, 200, 205), (60, 60, 65)])))
-        left, right = x - width / 2, x + width / 2
-        for wheel in (left + 0.25, right - 0.25):
-            self.ellipse(name, (25, 25, 28), wheel, 0.3, z, 0.2, 0.3)
-        self.rectangle(name, color, (left, right), (0.25, height * (0.62 if name == "car" else 1)), z)
-        if name == "car":
-            roof = [(left + 0.05, 0.9, z), (right - 0.05, 0.9, z), (right - 0.3, height, z), (left + 0.3, height, z)]
-            self.paint("polygon", name, color * 0.9, roof)
-        glass = (0.95, 1.4) if name == "car" else (height * 0.5, height * 0.88)
-        if name != "truck":  # a box van has no rear window
-            self.rectangle(name, (50, 60, 75), (left + 0.3, right - 0.3), glass, z)
-        for lamp in (left + 0.05, right - 0.35):
-            self.rectangle(name, (215, 30, 30), (lamp, lamp + 0.3), (0.6, 0.8), z)
-        self.rectangle(name, (235, 235, 220), (x - 0.3, x + 0.3), (0.4, 0.55), z)
-
-    def person(self, name: str, x: float, z: float, y: float = 0) -> None:
-        shirt, trousers = self.tint(*self.rng.integers(50, 200, 3)), self.tint(60, 60, 80)
-        for step in (-0.15, 0.15):
-            self.paint("line", name, trousers, [(x + step, y, z), (x, y + 0.9, z)], width=0.18)
-            self.paint("line", name, shirt * 0.85, [(x + 1.5 * step, y + 1.35, z), (x + 2 * step, y + 0.85, z)], width=0.13)
-        self.ellipse(name, shirt, x, y + 1.15, z, 0.26, 0.38)
-        self.ellipse(name, (205, 160, 130), x, y + 1.65, z, 0.14, 0.18)
-
-    def cycle(self, name: str, x: float, z: float, ridden: bool) -> None:
-        motor, color = name == "motorcycle", self.tint(*self.rng.choice([(190, 40, 40), (40, 90, 170), (220, 150, 40)]))
-        for hub in (x - 0.55, x + 0.55):
-            self.ellipse(name, (30, 30, 32), hub, 0.35, z, 0.35, 0.35)
-            self.ellipse(name, (120, 120, 122), hub, 0.35, z, 0.24, 0.24)
-        for start, end in (((-0.55, 0.35), (-0.15, 0.9)), ((0.55, 0.35), (0.35, 1.05)), ((-0.15, 0.85), (0.4, 0.85)), ((-0.2, 0.4), (0.4, 0.8))):
-            self.paint("line", name, color, [(x + start[0], start[1], z), (x + end[0], end[1], z)], width=0.32 if motor else 0.1)
-        if ridden:
-            self.person("rider", x - 0.05, z, y=0.45)
-
-    def pole(self, x: float, z: float, top: str) -> None:
-        self.paint("line", "pole", (120, 122, 125), [(x, 0, z), (x, 5.5 if top == "lamp" else 3, z)], width=0.13)
-        if top == "lamp":
-            self.paint("line", "pole", (120, 122, 125), [(x, 5.5, z), (x - np.sign(x) * 1.4, 5.6, z)], width=0.13)
-        elif top == "traffic light":
-            self.rectangle(top, (35, 38, 36), (x - 0.22, x + 0.22), (2.4, 3.6), z)
-            lit = self.rng.integers(3)
-            for i, color in enumerate(((60, 220, 90), (250, 180, 40), (235, 40, 40))):
-                self.ellipse(top, np.array(color) * (1 if i == lit else 0.4), x, 2.6 + 0.4 * i, z, 0.14, 0.14)
-        else:
-            rim, face = ((205, 30, 40), (245, 245, 240)) if self.rng.random() < 0.5 else ((240, 240, 240), (30, 80, 180))
-            self.ellipse(top, rim, x, 3, z, 0.5, 0.5)
-            self.ellipse(top, face, x, 3, z, 0.36, 0.36)
-
-
-def draw_scene(seed: int, size: int = 1024) -> tuple[np.ndarray, np.ndarray]:
-    """A synthetic street scene, the same for the same arguments; any four seeds in a row hold all 20 classes.
-
-    Returns:
-        photo uint8 (size, size, 3) and label uint8 (size, size), class ids 0..19.
-    """
-    scene = Scene(seed, size)
-    rng, horizon = scene.rng, int(scene.vanishing_point[1])
-    sky = np.linspace((90, 140, 210), (215, 225, 235), horizon) * scene.light  # (rows, 3), from the zenith down
-    scene.photo.paste(Image.fromarray(sky.clip(0, 255).astype(np.uint8)[:, None].repeat(size, axis=1)))
-    left, right = -rng.uniform(4, 6), rng.uniform(3, 4.5)
-    scene.ground("terrain", scene.tint(110, 140, 70), -300, 300)
-    scene.ground("sidewalk", scene.tint(170, 160, 155), left - 3, right + 3)
-    scene.ground("road", scene.tint(95, 95, 100), left, right)
-    for z in np.arange(2, 90, 6):
-        scene.ground("road", (225, 225, 215), -0.9, -0.75, z, z + 2.5)
-
-    things = [(150.0, scene.building, (1, x, 150, 160)) for x in range(-90, 90, 13)]  # (distance, what, arguments)
-    for side, edge in ((-1, left - 3), (1, right + 3)):
-        z, barrier = rng.uniform(4, 8), ("wall", "fence")[(seed + (side > 0)) % 2]
-        while z < 120:
-            length = rng.uniform(8, 16)
-            if 9 < z < 40 and barrier:
-                things.append((z, scene.barrier, (barrier, edge + side, z, z + length)))
-                things += [(z + length + 1, scene.tree, (edge + side * u, z + length)) for u in (3, 6, 9)]
-                barrier = None
-            else:
-                things.append((z, scene.building, (side, edge + side * rng.uniform(1, 3), z, z + length * 0.9)))
-            z += length
-        curb = edge - side * 2.5
-        things += [(z, scene.tree, (curb, z)) for z in rng.uniform(12, 60, 3)]
-        things += [(z, scene.pole, (curb, z, top)) for top in ("lamp", "traffic light", "traffic sign") for z in rng.uniform(8, 30, 2)]
-        things += [(z, scene.person, ("person", edge - side * rng.uniform(0.5, 2), z)) for z in rng.uniform(7, 25, 3)]
-        things += [(z, scene.vehicle, ("car", (left + 1.2, right - 1.2)[side > 0], z)) for z in rng.uniform(9, 60, 4)]
-    large = ("truck", "bus", "train", "car")[seed % 4]
-    things += [(z, scene.vehicle, (large, -2.2, z)) for z in (rng.uniform(13, 20),)]
-    ridden, parked = ("bicycle", "motorcycle")[:: 1 if seed % 2 else -1]
-    things += [(z, scene.cycle, (ridden, rng.uniform(0.6, 1.4), z, True)) for z in (rng.uniform(6, 9),)]
-    things += [(z, scene.cycle, (parked, right + 1.3, z, False)) for z in (rng.uniform(6, 9),)]
-    for _, draw, arguments in sorted(things, key=lambda thing: -thing[0]):  # far things first
-        draw(*arguments)
-    for pen, fill in zip(scene.pens, ((40, 42, 48), CLASS_NAMES.index("background"))):  # the bonnet of the car that films
-        pen.ellipse((-size * 0.2, size * 0.92, size * 1.2, size * 1.3), fill=fill)
-    photo = np.asarray(scene.photo) + rng.integers(-9, 10, (size, size, 1), dtype=np.int16)  # the camera's noise
-    return photo.clip(0, 255).astype(np.uint8), np.array(scene.label)
-
-
-def write_demo(data_dir: str | Path, splits: dict[str, int] | None = None) -> None:
-    """Composites of 256x512 in data_dir/train and data_dir/val, JPEG at quality 95; those already there are kept."""
-    splits = splits or DEMO_SPLITS
-    paths = [Path(data_dir, split, f"{number}.jpg") for split, count in splits.items() for number in range(1, count + 1)]
-
-    def write_one(seed: int) -> None:
-        if not paths[seed].exists():
-            photo, label = draw_scene(seed)  # four times as large, so that shrinking smooths the photo as a lens does
-            photo = Image.fromarray(photo).resize((256, 256), Image.Resampling.BOX)
-            label = Image.fromarray(label).resize((256, 256), Image.Resampling.NEAREST)
-            write_composite(paths[seed], np.asarray(photo), colorize(np.asarray(label)))
-
-    with ThreadPoolExecutor(available_cpus()) as pool:
-        list(tqdm(pool.map(write_one, range(len(paths))), "Drawing the demo", len(paths), unit="image", leave=False, disable=None))
-
-
-# --- Making composites from the original download -----------------------------------------------------------------------
+# --- Making composites from the original download -----------------------------------------------------------
 
 
 def make_composites(cityscapes_dir: Path, data_dir: Path, size: int = 256) -> int:
     """Composites as lossless PNG from leftImg8bit/SPLIT/CITY/*.png and gtFine/SPLIT/CITY/*_gtFine_color.png.
 
-    The photo is shrunk with antialiasing, the label with nearest, so that every pixel keeps an official colour.
+    The photo is shrunk with antialiasing, the label with nearest: every pixel keeps an official colour.
 
     Returns:
-        How many were written to data_dir/train and data_dir/val; those already there are counted, not made again.
+        How many there are in data_dir/train and data_dir/val; those there before are counted, not made again.
     Raises:
-        DatasetError: no photos there, a photo without its label, or a picture that cannot be read.
+        DatasetError: no photos, a photo without its label, a picture that cannot be read, or composites of
+            another size in data_dir.
     """
     photos = [(split, path) for split in ("train", "val")
               for path in sorted(cityscapes_dir.glob(f"leftImg8bit/{split}/*/*_leftImg8bit.png"))]
     if not photos:
-        raise DatasetError(f"{cityscapes_dir} holds no leftImg8bit/train/*/*_leftImg8bit.png; unpack leftImg8bit_trainvaltest.zip and "
-                           "gtFine_trainvaltest.zip of the Cityscapes download there")
+        raise DatasetError(f"{cityscapes_dir} holds no leftImg8bit/train/*/*_leftImg8bit.png; unpack "
+                           "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip of Cityscapes there")
+    for path in sorted(data_dir.glob("*/*.png")):
+        width, height = read_image(path).size
+        if (width, height) != (2 * size, size):
+            raise DatasetError(f"{path} has {width}x{height} pixels, and --size {size} makes "
+                               f"{2 * size}x{size}; choose another --output, or remove what is there")
 
     def make_one(entry: tuple[str, Path]) -> None:
         split, photo_path = entry
@@ -664,30 +735,29 @@ def make_composites(cityscapes_dir: Path, data_dir: Path, size: int = 256) -> in
         photo = read_image(photo_path).resize((size, size), Image.Resampling.LANCZOS)
         label_path = cityscapes_dir / "gtFine" / split / photo_path.parent.name / f"{frame}_gtFine_color.png"
         label = read_image(label_path).resize((size, size), Image.Resampling.NEAREST)
-        write_composite(target, np.asarray(photo), np.asarray(label))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        Image.fromarray(np.concatenate([photo, label], axis=1)).save(temporary, "PNG")
+        os.replace(temporary, target)
 
-    with ThreadPoolExecutor(available_cpus()) as pool:
+    with ThreadPoolExecutor() as pool:
         list(tqdm(pool.map(make_one, photos), "Making composites", len(photos), unit="image", disable=None))
     return len(photos)
 
 
-def write_composite(path: Path, photo: np.ndarray, label_rgb: np.ndarray) -> None:
-    """Photo and colour-coded label, each uint8 (S, S, 3), side by side in a file that is whole at every moment."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    image_format = "PNG" if path.suffix == ".png" else "JPEG"
-    Image.fromarray(np.concatenate([photo, label_rgb], axis=1)).save(temporary, image_format, quality=95)
-    os.replace(temporary, path)
-
-
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Make train/ and val/ composites from the original Cityscapes download.",
-                                     allow_abbrev=False)
-    parser.add_argument("cityscapes_dir", type=Path, help="holds leftImg8bit/ and gtFine/ (with the *_gtFine_color.png)")
+    """The command line: `make_composites`."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="Make train/ and val/ composites from "
+                                     "the original Cityscapes download.")
+    parser.add_argument("cityscapes_dir", type=Path,
+                        help="holds leftImg8bit/ and gtFine/ (with *_gtFine_color.png)")
     parser.add_argument("--output", type=Path, default=Path("data/cityscapes_data"), metavar="FOLDER",
                         help="gets train/ and val/, %(default)s if left out")
-    parser.add_argument("--size", type=int, default=256, metavar="PIXELS", help="side of each half, %(default)s if left out")
+    parser.add_argument("--size", type=int, default=256, metavar="PIXELS",
+                        help="side of each half, %(default)s if left out")
     args = parser.parse_args(argv)
+    if args.size < 2:
+        parser.exit(2, f"dataset.py: error: --size {args.size}: expected 2 pixels or more, such as 256\n")
     try:
         print(f"{make_composites(args.cityscapes_dir, args.output, args.size)} composites in {args.output}")
     except (DatasetError, OSError) as error:

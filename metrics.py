@@ -1,23 +1,93 @@
-"""Segmentation figures, all derived from one confusion matrix over a whole split.
+"""The loss, and segmentation figures that all derive from one confusion matrix over a whole split.
 
-The matrix is summed on the device and read once at the end, so there is no average of batch averages, and any division of a
-split into batches or ranks gives the same figures.
+The matrix is summed on the device and read once at the end, so there is no average of batch averages, and any
+division of a split into batches or ranks gives the same figures.
 """
+import math
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor
 
 BACKGROUND = 0  # the one class that the official Cityscapes scoring leaves out
+MAX_COUNT = 2**24  # float32 counts exactly up to here
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
-    """Cross entropy in float32 of logits (B, C, H, W) and integer labels (B, H, W): the mean per pixel, or "none" for (B, H, W).
+class CrossEntropy(torch.autograd.Function):
+    """Softmax cross entropy with one float32 array of the logits' size, in which the gradient is written too.
 
-    Logits in channels_last are viewed as (B*H*W, C) without a copy; on (B, C, H, W) log_softmax would copy them twice.
+    torch's own keeps a float32 copy of the logits, their logarithmic softmax and its gradient.
     """
-    losses = F.cross_entropy(logits.permute(0, 2, 3, 1).flatten(0, 2).float(), labels.flatten().long(), reduction=reduction)
-    return losses.view_as(labels) if reduction == "none" else losses
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, labels: Tensor, class_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        C = logits.shape[1]
+        # One plane a class: sums and maxima over classes run along whole planes.
+        scores = logits.to(torch.float32, memory_format=torch.contiguous_format, copy=True)  # (B, C, H, W)
+        index = labels.long()[:, None]  # (B, 1, H, W)
+        true_scores, top = scores.gather(1, index), scores.amax(1, keepdim=True)
+        # bf16 logits tie: like argmax take the first of the best, here the highest of C, C - 1, ...
+        ranks = torch.arange(C, 0, -1, dtype=torch.float32, device=scores.device).view(1, C, 1, 1)
+        predictions = (C - torch.where(scores == top, ranks, 1).amax(1)).to(torch.uint8)
+        sums = scores.sub_(top).exp_().sum(1, keepdim=True)
+        losses = sums.log() + top - true_scores  # (B, 1, H, W)
+        pixel_weights = class_weights[index]
+        ctx.save_for_backward(scores.div_(sums), index, pixel_weights)  # the softmax
+        ctx.dtype = logits.dtype
+        mean = losses.mean()
+        ctx.mark_non_differentiable(mean, predictions)
+        return (pixel_weights * losses).mean(), mean, predictions
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor, *_: Tensor) -> tuple[Tensor, None, None]:
+        softmax, index, pixel_weights = ctx.saved_tensors
+        softmax.scatter_add_(1, index, softmax.new_full(index.shape, -1))
+        softmax.mul_(pixel_weights * (grad / pixel_weights.numel()))  # in float32, fp16's loss scale included
+        return softmax.to(ctx.dtype, memory_format=torch.channels_last), None, None
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, class_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross entropy of logits (B, C, H, W) of any float dtype and integer labels (B, H, W), in float32.
+
+    Args:
+        class_weights: float32 (C,), what a pixel of each class counts in the training loss.
+    Returns:
+        the training loss, to be differentiated once; the mean loss per pixel without weights, to be reported;
+        and the predictions, uint8 (B, H, W), equal to logits.argmax(1).
+    """
+    return CrossEntropy.apply(logits, labels, class_weights)
+
+
+@torch.no_grad()
+def score_stretched(logits: Tensor, size: tuple[int, int],
+                    labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Stretch one image's logits (C, h, w) bilinearly to `size`, (H, W), and take each pixel's best class.
+
+    Class by class, so that memory does not grow with their number: all logits of a photo of 12 megapixels
+    would take a gigabyte.
+
+    Args:
+        labels: uint8 (H, W), or None where there is no truth.
+    Returns:
+        predictions uint8 (H, W), and the mean cross entropy per pixel, NaN without labels.
+    """
+    best = torch.full(size, -math.inf, device=logits.device)
+    total, true_logits = best.clone(), best.clone()  # log of the sum of exp(logits); the true class's logit
+    predictions = torch.zeros(size, dtype=torch.uint8, device=logits.device)
+    for c, plane in enumerate(logits.float()):
+        if plane.shape != size:
+            plane = F.interpolate(plane[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
+        predictions.masked_fill_(plane > best, c)
+        torch.maximum(best, plane, out=best)
+        if labels is not None:
+            torch.logaddexp(total, plane, out=total)
+            true_logits = torch.where(labels == c, plane, true_logits)
+    return predictions, (total - true_logits).mean()
 
 
 class SegmentationMetrics:
@@ -35,24 +105,31 @@ class SegmentationMetrics:
         sum_dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
         self.loss_sums = torch.zeros(2, dtype=sum_dtype, device=device)  # sum of the loss over pixels, pixels
 
+    def reset(self) -> None:
+        """Count from zero, in the same tensors."""
+        self.confusion.zero_()
+        self.loss_sums.zero_()
+
     def update(self, predictions: Tensor, labels: Tensor, loss: Tensor | None = None) -> None:
         """Count one batch, without waiting for the device.
 
         Args:
-            predictions: integer (B, H, W), ids below n_classes.
-            labels: integer (B, H, W), ids below n_classes.
+            predictions, labels: integers of one shape, (B, H, W) or any other, ids below n_classes.
             loss: mean loss per pixel of this batch; if it is never given, compute() says NaN.
         Raises:
-            ValueError: the shapes differ or a tensor is not of integers (logits where predictions were meant).
+            ValueError: the shapes differ or a tensor holds no integers (logits instead of predictions).
         """
         if predictions.shape != labels.shape or predictions.is_floating_point() or labels.is_floating_point():
-            raise ValueError(
-                f"expected integer predictions and labels of one shape, got {predictions.dtype} {tuple(predictions.shape)} and "
-                f"{labels.dtype} {tuple(labels.shape)}; pass logits.argmax(1)"
-            )
-        cells = (labels.long() * self.n_classes + predictions).flatten()
-        # index_add_ and not bincount, which makes the host wait for the device to learn its size
-        self.confusion.view(-1).index_add_(0, cells, torch.ones_like(cells))
+            raise ValueError(f"expected integer predictions and labels of one shape, got {predictions.dtype} "
+                             f"{tuple(predictions.shape)} and {labels.dtype} {tuple(labels.shape)}; "
+                             "pass logits.argmax(1)")
+        n_cells = self.n_classes**2
+        for cells in (labels.int() * self.n_classes + predictions).flatten().split(MAX_COUNT):
+            if cells.is_cuda:  # bincount would make the host wait, index_add_ queue at a few cells
+                counts = torch.histc(cells.float(), n_cells, -0.5, n_cells - 0.5).long()
+            else:
+                counts = torch.bincount(cells, minlength=n_cells)
+            self.confusion += counts.view_as(self.confusion)
         if loss is not None:
             self.loss_sums[0] += loss.detach() * labels.numel()
             self.loss_sums[1] += labels.numel()
@@ -64,13 +141,14 @@ class SegmentationMetrics:
             dist.all_reduce(self.loss_sums)
 
     def per_class(self) -> dict[str, Tensor]:
-        """Figures per class, each float64 (n_classes,) on the CPU; NaN where the class has no pixel to judge by.
+        """Figures per class, each float64 (n_classes,) on the CPU; NaN where it has no pixel to judge by.
 
-        dice and accuracy count every pixel; iou leaves pixels whose truth is background out, and background has none.
+        dice and accuracy count every pixel; iou leaves out pixels whose truth is background, and has no
+        background.
         """
         confusion = self.confusion.cpu().double()
         hits, truth, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)
-        scored = predicted - confusion[BACKGROUND]  # predictions on pixels whose truth is background do not count
+        scored = predicted - confusion[BACKGROUND]  # predictions where the truth is not background
         iou = hits / (truth + scored - hits)
         iou[BACKGROUND] = torch.nan
         return {"dice": 2 * hits / (truth + predicted), "iou": iou, "accuracy": hits / truth, "pixels": truth}
@@ -78,17 +156,18 @@ class SegmentationMetrics:
     def compute(self) -> dict[str, float]:
         """The figures over the split; NaN where it holds no pixel to judge by.
 
-        dice: micro-averaged over all classes, background included; with one label a pixel it equals pixel accuracy.
+        dice: micro-averaged over all classes, background included, which with one label a pixel equals the
+            share of pixels that are right.
         mean_dice: Dice per class, averaged over the classes present in truth or prediction.
-        mean_iou: IoU per class over the pixels whose truth is not background, averaged over the classes present there,
-            as in the official Cityscapes scoring.
-        pixel_accuracy, class_accuracy: over the same pixels; class_accuracy averages the classes present in the truth.
+        mean_iou: IoU per class over the pixels whose truth is not background, averaged over the classes
+            present there, as in the official Cityscapes scoring.
+        pixel_accuracy, class_accuracy: over the same pixels; the latter averages the classes in the truth.
         loss: mean cross entropy per pixel, as update() was given it.
         """
         confusion, per_class = self.confusion.cpu().double(), self.per_class()
-        hits, pixels = confusion.diag(), confusion.sum()
+        hits = confusion.diag()
         figures = {
-            "dice": 2 * hits.sum() / (2 * pixels),  # each pixel stands once in the truth and once in the prediction
+            "dice": hits.sum() / confusion.sum(),
             "mean_dice": per_class["dice"].nanmean(),
             "mean_iou": per_class["iou"].nanmean(),
             "pixel_accuracy": hits[1:].sum() / confusion[1:].sum(),
@@ -96,3 +175,40 @@ class SegmentationMetrics:
             "loss": self.loss_sums[0] / self.loss_sums[1],
         }
         return {name: float(value) for name, value in figures.items()}
+
+    def rows(self, names: Sequence[str]) -> list[dict]:
+        """per_class() as a row a class, with the names of the classes."""
+        columns = {name: values.tolist() for name, values in self.per_class().items()}
+        return [{"class": name} | dict(zip(columns, row)) for name, row in zip(names, zip(*columns.values()))]
+
+    def table(self, names: Sequence[str]) -> str:
+        """The figures as text, a line a class and a line for all."""
+        n_pixels, width = self.confusion.sum().item(), max(len("class"), *map(len, names))
+        lines = [f"{'class':<{width}}    dice     iou  accuracy  share of pixels"]
+        for row in self.rows(names):
+            dice, iou, accuracy = (f"{row[key]:.4f}" if math.isfinite(row[key]) else "-"
+                                   for key in ("dice", "iou", "accuracy"))
+            share = row["pixels"] / n_pixels
+            lines.append(f"{row['class']:<{width}}  {dice:>6}  {iou:>6}  {accuracy:>8}  {share:>15.2%}")
+        figures = "  ".join(f"{name} {value:.4f}" for name, value in self.compute().items())
+        return "\n".join([*lines, "", figures])
+
+    def plot(self, names: Sequence[str]) -> Figure:
+        """The confusion matrix, rows in percent of their pixels, blank for classes that do not occur."""
+        confusion = self.confusion.cpu().numpy()
+        totals = confusion.sum(axis=1, keepdims=True)
+        shares = np.divide(100 * confusion, totals, out=np.full(confusion.shape, np.nan), where=totals > 0)
+        side = 2.2 + 0.36 * len(names)
+        figure = Figure(figsize=(side + 0.6, side), layout="constrained")
+        axes = figure.subplots()
+        picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+        for (row, column), share in np.ndenumerate(shares):
+            if share >= 0.5:  # a cell of 0% says more as a blank
+                axes.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=7.5,
+                          color="white" if share > 55 else "black")
+        axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(len(names)), names)
+        axes.set(xlabel="prediction", ylabel="truth", title="Where each class's pixels went, % of the row")
+        axes.spines[:].set_visible(False)
+        figure.colorbar(picture, ax=axes, shrink=0.6, label="% of the true class's pixels")
+        return figure

@@ -1,11 +1,13 @@
-"""EfficientSegNet: a frozen EfficientNet-B0 encoder with SegNet-style decoders, and the reading of its weights.
+"""EfficientSegNet: a frozen EfficientNet-B0 encoder with SegNet-style decoders, and its weights.
 
-The encoder is torchvision's efficientnet_b0 (Tan and Le, 2019, arXiv:1905.11946). Each decoder doubles the resolution with
-a transposed convolution and adds the encoder's features of the next finer stage, after SegNet (Badrinarayanan et al., 2015,
-arXiv:1511.00561) and U-Net (Ronneberger et al., 2015, arXiv:1505.04597).
+The encoder is torchvision's efficientnet_b0 (Tan and Le, 2019, arXiv:1905.11946). Each decoder doubles the
+resolution with a transposed convolution and adds the encoder's features of the next finer stage, after SegNet
+(Badrinarayanan et al., 2015, arXiv:1511.00561) and U-Net (Ronneberger et al., 2015, arXiv:1505.04597).
 """
 import copy
 import pickle
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -13,10 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models import EfficientNet_B0_Weights, efficientnet_b0
-from torchvision.ops import Conv2dNormActivation
 
-# Skip features of a trained encoder are some twenty times as large as what a fresh upsampler puts out, and would drown it.
-UPSAMPLER_GAIN = 10
+UPSAMPLER_GAIN = 10  # fresh upsamplers put out a twentieth of what a trained encoder's skip features hold
 ENCODERS = ("encoder1", "encoder2", "encoder3", "encoder4", "encoder5")
 
 
@@ -25,12 +25,7 @@ class WeightsError(Exception):
 
 
 class SegNetDecoder(nn.Module):
-    """Double the resolution, add the skip features, and mix both with one 3x3 convolution.
-
-    Args:
-        in_ch: channels of the coarse features.
-        out_ch: channels of the result, and of the skip features.
-    """
+    """Double the resolution, add the skip features, and mix both with one 3x3 convolution."""
 
     def __init__(self, in_ch: int, out_ch: int) -> None:
         super().__init__()
@@ -43,16 +38,35 @@ class SegNetDecoder(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         """(B, in_ch, H, W), and skip (B, out_ch, any, any) or None, to (B, out_ch, 2H, 2W)."""
+        conv, norm, relu = self.conv_block
+        if skip is None:
+            return relu(norm(upsample_and_convolve(x, self.upsampler, conv)))
         x = self.upsampler(x)  # (B, out_ch, 2H, 2W)
-        if skip is not None:
-            x = x + F.interpolate(skip, size=x.shape[2:], mode="bilinear", align_corners=False)
+        x = x + F.interpolate(skip, size=x.shape[2:], mode="bilinear", align_corners=False)
         return self.conv_block(x)
 
 
-class DepthwiseConv2d(nn.Conv2d):
-    """A convolution that a CPU's bf16 autocast leaves in float32: its backward pass is up to 20 times faster than in bf16.
+def upsample_and_convolve(x: Tensor, upsampler: nn.ConvTranspose2d, conv: nn.Conv2d) -> Tensor:
+    """conv(upsampler(x)) as the one linear map that the two are, with 2.5 times less arithmetic.
 
-    (oneDNN, for 5x5 kernels and strides of 2; the forward pass takes the same time in both.)
+    x is (B, in_ch, H, W), the upsampler 2x2 with stride 2, the convolution 3x3 with padding 1, and the result
+    (B, out_ch, 2H, 2W).
+    """
+    B, _, H, W = x.shape
+    with torch.autocast(x.device.type, enabled=False):
+        # The upsampler's bias is the weight of one more input channel, of ones: it ends at the border, as the
+        # upsampled features do.
+        bias = upsampler.bias.view(1, -1, 1, 1).expand(1, -1, 2, 2)
+        weight = torch.cat([upsampler.weight, bias])  # (in_ch + 1, mid_ch, 2, 2)
+        kernel = F.conv2d(weight, conv.weight, padding=2)  # (in_ch + 1, out_ch, 4, 4)
+    x = torch.cat([x, x.new_ones((1, 1, 1, 1)).expand(B, 1, H, W)], dim=1)
+    return F.conv_transpose2d(x, kernel, conv.bias, stride=2, padding=1)
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """A convolution that a CPU's bf16 autocast leaves in float32.
+
+    oneDNN's backward pass in bf16 is up to 20 times slower, a fine-tuning step with it 1.35 to 1.5 times.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,29 +74,29 @@ class DepthwiseConv2d(nn.Conv2d):
         if x.device.type != "cpu":
             return super().forward(x)
         with torch.autocast("cpu", enabled=False):
-            return super().forward(x.float()).to(x.dtype)
+            return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
 class EfficientSegNet(nn.Module):
     """Semantic segmentation network: ImageNet-normalised photos in, one logit per class and pixel out.
 
-    The encoder stays in eval mode whatever `train()` says: its batch-norm statistics never move and stochastic depth is off.
-    Unless `finetune_encoder` is set it also takes no gradient and keeps no autograd graph.
+    The encoder stays in eval mode whatever `train()` says: its batch-norm statistics never move and
+    stochastic depth is off. Unless `finetune_encoder` is set it also takes no gradient and keeps no graph.
 
     Args:
         n_classes: channels of the output.
-        encoder_weights: "imagenet" (torchvision's IMAGENET1K_V1, downloaded once), "none" (random) or the path of a
-            torchvision efficientnet_b0 state_dict, with or without its classifier; None where a state_dict is loaded next.
+        encoder_weights: "imagenet" (torchvision's IMAGENET1K_V1, downloaded once), "none" (random) or the
+            path of a torchvision efficientnet_b0 state_dict, with or without its classifier; None where a
+            state_dict is loaded next.
         finetune_encoder: train the encoder's weights too (its batch-norm statistics stay frozen).
     Raises:
         WeightsError: the download failed, or the file is not an efficientnet_b0 state_dict.
     """
 
-    def __init__(
-        self, n_classes: int, encoder_weights: str | Path | None = "imagenet", *, finetune_encoder: bool = False
-    ) -> None:
+    def __init__(self, n_classes: int, encoder_weights: str | Path | None = "imagenet", *,
+                 finetune_encoder: bool = False) -> None:
         super().__init__()
-        features = load_backbone(encoder_weights).features
+        features = load_features(encoder_weights)
         self.encoder1 = nn.Sequential(*features[0:3])  # 1/4 of the input's size,  24 channels
         self.encoder2 = nn.Sequential(*features[3])  # 1/8,   40
         self.encoder3 = nn.Sequential(*features[4])  # 1/16,  80
@@ -96,16 +110,12 @@ class EfficientSegNet(nn.Module):
         self.out = nn.Conv2d(24, n_classes, kernel_size=1)
 
         self.finetune_encoder = finetune_encoder
-        self._folded_encoders: tuple[nn.Module, ...] = ()  # in a tuple, so that state_dict() does not see them
         for parameter in self.encoder_parameters():
             parameter.requires_grad_(finetune_encoder)
-        for layer in self.modules() if finetune_encoder else ():
-            if isinstance(layer, nn.Conv2d) and layer.groups > 1:
-                layer.__class__ = DepthwiseConv2d  # the same layer with another forward
         self.train()
 
     def encoder_parameters(self) -> list[nn.Parameter]:
-        return [parameter for name in ENCODERS for parameter in getattr(self, name).parameters()]
+        return [parameter for name, parameter in self.named_parameters() if name.startswith("encoder")]
 
     def decoder_parameters(self) -> list[nn.Parameter]:
         return [parameter for name, parameter in self.named_parameters() if not name.startswith("encoder")]
@@ -116,32 +126,20 @@ class EfficientSegNet(nn.Module):
             getattr(self, name).eval()
         return self
 
-    def fold_encoder(self) -> "EfficientSegNet":
-        """Run a copy of the frozen encoder whose batch norms are folded into its convolutions; the state_dict is unchanged.
-
-        Call it once the weights are loaded and on their device: the copy does not follow later changes. The encoder of a
-        model that trains it is left alone.
-        """
-        if not self.finetune_encoder:
-            encoders = tuple(copy.deepcopy(getattr(self, name)) for name in ENCODERS)
-            for layer in (layer for encoder in encoders for layer in encoder.modules()):
-                if isinstance(layer, Conv2dNormActivation):
-                    layer[0], layer[1] = fuse_conv_bn_eval(layer[0], layer[1]), nn.Identity()
-            self._folded_encoders = encoders
-        return self
-
     def encode(self, images: Tensor) -> list[Tensor]:
-        """Features of the five encoder stages, finest first; outside autograd unless the encoder is fine-tuned."""
-        features = []
-        with torch.set_grad_enabled(self.finetune_encoder and torch.is_grad_enabled()):
-            for encoder in self._folded_encoders or [getattr(self, name) for name in ENCODERS]:
-                images = encoder(images)
-                features.append(images)
-        return features
+        """ImageNet-normalised images (B, 3, H, W), H and W multiples of 32, to five maps, finest first.
 
-    def forward(self, images: Tensor) -> Tensor:
-        """ImageNet-normalised float images (B, 3, H, W), H and W multiples of 32, to logits (B, n_classes, H, W)."""
-        x1, x2, x3, x4, x5 = self.encode(images)  # (B, 24, H/4, W/4) ... (B, 1280, H/32, W/32)
+        They are (B, 24, H/4, W/4), (B, 40, H/8, W/8), (B, 80, H/16, W/16), (B, 112, H/16, W/16) and
+        (B, 1280, H/32, W/32), outside autograd unless the encoder is fine-tuned.
+        """
+        features = [images if self.finetune_encoder else images.detach()]
+        for name in ENCODERS:
+            features.append(getattr(self, name)(features[-1]))
+        return features[1:]
+
+    def decode(self, features: Sequence[Tensor]) -> Tensor:
+        """The five feature maps of `encode` to logits (B, n_classes, H, W)."""
+        x1, x2, x3, x4, x5 = features
         x = self.decoder5(x5, x4)  # (B, 112, H/16, W/16)
         x = self.decoder4(x, x3)  # (B, 80, H/8, W/8)
         x = self.decoder3(x, x2)  # (B, 40, H/4, W/4)
@@ -149,115 +147,142 @@ class EfficientSegNet(nn.Module):
         x = self.decoder1(x)  # (B, 24, H, W)
         return self.out(x)
 
-
-def load_backbone(encoder_weights: str | Path | None) -> nn.Module:
-    """torchvision's efficientnet_b0 with the weights that EfficientSegNet's `encoder_weights` names.
-
-    Raises:
-        WeightsError: see EfficientSegNet.
-    """
-    if encoder_weights is None:
-        return efficientnet_b0()
-    if str(encoder_weights) == "none":
-        return calibrate_batch_norms(efficientnet_b0())
-    if str(encoder_weights) == "imagenet":
-        weights = EfficientNet_B0_Weights.IMAGENET1K_V1
-        try:
-            return efficientnet_b0(weights=weights)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:  # no network, bad hash, damaged file
-            cached = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
-            raise WeightsError(
-                f"the ImageNet weights could not be loaded ({error}). Put {cached.name} from {weights.url} at {cached}, "
-                "or pass --encoder_weights FILE (an efficientnet_b0 state_dict) or --encoder_weights none"
-            ) from error
-    backbone = efficientnet_b0()
-    state_dict = clean_state_dict(read_tensors(encoder_weights))
-    features = {key: value for key, value in state_dict.items() if key.startswith("features.")}
-    load_strictly(backbone.features, {key.removeprefix("features."): value for key, value in features.items()},
-                  f"encoder weights {encoder_weights}", "a torchvision efficientnet_b0 state_dict")
-    return backbone
+    def forward(self, images: Tensor) -> Tensor:
+        """Images as in `encode` to logits (B, n_classes, H, W)."""
+        return self.decode(self.encode(images))
 
 
-@torch.no_grad()
-def calibrate_batch_norms(network: nn.Module) -> nn.Module:
-    """Set the batch-norm statistics of a random network to those of its own activations on smooth noise.
-
-    They never move in a frozen encoder, and with the initial mean 0 and variance 1 the signal shrinks from layer to layer, to
-    1e-13 at the encoder's end.
-    """
-    for layer in network.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.momentum = 1.0  # take over the statistics of the one batch
-    network.train()(F.interpolate(torch.randn(4, 3, 16, 16), size=(128, 128), mode="bilinear"))
-    for layer in network.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.momentum = 0.1
-            layer.num_batches_tracked.zero_()
+def fold_batch_norms(network: nn.Module) -> nn.Module:
+    """A copy of a network for evaluation, each batch norm folded into the convolution before it."""
+    network = copy.deepcopy(network).eval().requires_grad_(False)
+    for block in [module for module in network.modules() if isinstance(module, nn.Sequential)]:
+        for i, (conv, norm) in enumerate(pairwise(block)):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                block[i], block[i + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
     return network
 
 
+# --- Weights and checkpoints --------------------------------------------------------------------------------
+
+
+def load_features(encoder_weights: str | Path | None) -> nn.Sequential:
+    """efficientnet_b0().features of torchvision, with weights and errors as EfficientSegNet says."""
+    choice = str(encoder_weights)
+    features = (download_backbone() if choice == "imagenet" else efficientnet_b0()).features
+    for block in features.modules():
+        if isinstance(block, nn.Sequential) and isinstance(block[0], nn.Conv2d) and block[0].groups > 1:
+            conv = block[0]
+            block[0] = DepthwiseConv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride,
+                                       conv.padding, groups=conv.groups, bias=False)
+            block[0].weight = conv.weight
+    if choice == "none":
+        calibrate_batch_norms(features)
+    elif choice not in ("imagenet", "None"):
+        state_dict = {key.removeprefix("features."): value
+                      for key, value in clean_state_dict(read_tensors(encoder_weights)).items()
+                      if key.startswith("features.")}
+        load_strictly(features, state_dict, f"encoder weights {choice}",
+                      "a torchvision efficientnet_b0 state_dict")
+    return features
+
+
+def download_backbone() -> nn.Module:
+    """torchvision's efficientnet_b0 with its weights IMAGENET1K_V1; WeightsError where they cannot be had."""
+    weights = EfficientNet_B0_Weights.IMAGENET1K_V1
+    try:
+        return efficientnet_b0(weights=weights)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:  # no network, a damaged file
+        cached = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
+        raise WeightsError(f"the ImageNet weights could not be loaded ({error}). Put {cached.name} from "
+                           f"{weights.url} at {cached}, or pass --encoder_weights FILE (an efficientnet_b0 "
+                           "state_dict) or --encoder_weights none") from error
+
+
+@torch.no_grad()
+def calibrate_batch_norms(network: nn.Module) -> None:
+    """Set the batch-norm statistics of a random network to those of its own activations on smooth noise.
+
+    They never move in a frozen encoder, and with the initial mean 0 and variance 1 the signal shrinks from
+    layer to layer, to 1e-13 at the encoder's end.
+    """
+    norms = [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0  # take over the statistics of the one batch
+    network.train()(F.interpolate(torch.randn(4, 3, 16, 16), size=(128, 128), mode="bilinear"))
+    for norm in norms:
+        norm.momentum = 0.1
+        norm.num_batches_tracked.zero_()
+
+
 def load_checkpoint(path: str | Path) -> dict:
-    """Read a checkpoint of this project, of another training of this architecture, or a bare state_dict, onto the CPU.
+    """Read a checkpoint of this project, of another training of this architecture, or a bare state_dict.
 
     Returns:
-        The checkpoint's dict. "model" is a state_dict without `base_model.*` (a second copy of the encoder) and without
-        `module.` and `_orig_mod.` prefixes; "config" is {} where the file carries none.
+        The checkpoint's dict, on the CPU. "model" is a state_dict as clean_state_dict leaves it; "config" is
+        {} where the file carries none.
     Raises:
-        WeightsError: no such file, damaged, not a checkpoint, or one that holds more than tensors and plain types.
+        WeightsError: no such file, damaged, no checkpoint, or more in it than tensors and plain types.
     """
     content = read_tensors(path)
-    wrapped = next((key for key in ("model", "state_dict", "model_state_dict") if isinstance(content.get(key), dict)), None)
-    checkpoint = content | {"model": clean_state_dict(content[wrapped])} if wrapped else {"model": clean_state_dict(content)}
+    names = [name for name in ("model", "state_dict", "model_state_dict")
+             if isinstance(content.get(name), dict)]
+    checkpoint = {"config": {}} | (content if names else {})
+    checkpoint["model"] = clean_state_dict(content[names[0]] if names else content)
     if not isinstance(checkpoint["model"].get("out.weight"), Tensor):
-        raise WeightsError(f"{path} is no checkpoint of EfficientSegNet (it has no out.weight); pass a best.pth or last.pth")
-    return {"config": {}} | checkpoint
+        raise WeightsError(f"{path} is no checkpoint of EfficientSegNet (it has no out.weight); "
+                           "pass a best.pth or last.pth")
+    return checkpoint
 
 
-def model_from_checkpoint(checkpoint: dict, path: str | Path, *, finetune_encoder: bool = False) -> EfficientSegNet:
-    """The network of a `load_checkpoint` result; the number of classes is read off its output layer.
+def model_from_checkpoint(checkpoint: dict, path: str | Path, *,
+                          finetune_encoder: bool = False) -> EfficientSegNet:
+    """The network of a `load_checkpoint` result, with as many classes as its output layer has.
 
-    Raises:
-        WeightsError: the tensors are those of another architecture.
+    WeightsError if the tensors are those of another architecture.
     """
     n_classes = checkpoint["model"]["out.weight"].shape[0]
-    model = EfficientSegNet(n_classes, encoder_weights=None, finetune_encoder=finetune_encoder)
-    load_strictly(model, checkpoint["model"], f"checkpoint {path}", "a checkpoint of EfficientSegNet")
-    return model
+    network = EfficientSegNet(n_classes, encoder_weights=None, finetune_encoder=finetune_encoder)
+    load_strictly(network, checkpoint["model"], f"checkpoint {path}", "a checkpoint of EfficientSegNet")
+    return network
 
 
 def clean_state_dict(state_dict: dict) -> dict:
-    """Undo the prefixes of DataParallel and torch.compile, and drop the classifier's second copy of the encoder."""
-    names = {key: str(key).replace("_orig_mod.", "").removeprefix("module.") for key in state_dict}
-    return {names[key]: value for key, value in state_dict.items() if not names[key].startswith("base_model.")}
+    """Undo the prefixes of DataParallel and torch.compile, and drop the classifier's copy of the encoder."""
+    renamed = {str(key).replace("_orig_mod.", "").removeprefix("module."): value
+               for key, value in state_dict.items()}
+    return {key: value for key, value in renamed.items() if not key.startswith("base_model.")}
 
 
 def read_tensors(path: str | Path) -> dict:
-    """torch.load for files of unknown origin: tensors and plain types only, and every failure a WeightsError."""
+    """torch.load for files of unknown origin: tensors and plain types alone, every failure a WeightsError."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise WeightsError(
-            f"{path} was refused: it is no torch file, or holds more than tensors and plain types, or comes from a newer "
-            f"torch than {torch.__version__}. Pass a file you trust that was saved as a plain state_dict"
-        ) from error
+        raise WeightsError(f"{path} was refused: it is no torch file, or holds more than tensors and plain "
+                           f"types, or comes from a newer torch than {torch.__version__}. Pass a file you "
+                           "trust that was saved as a plain state_dict") from error
     except OSError as error:
         raise WeightsError(f"{path} cannot be read ({error.strerror or error}); check the path") from error
     except Exception as error:  # torch.load raises RuntimeError, EOFError, KeyError, ... on damaged bytes
         reason = str(error).split("\n")[0]
-        remedy = "update torch" if "maximum supported version" in reason else "pass an undamaged file saved by torch.save"
-        raise WeightsError(f"{path} cannot be loaded with torch {torch.__version__} ({reason}); {remedy}") from error
+        remedy = ("update torch" if "maximum supported version" in reason
+                  else "pass an undamaged file saved by torch.save")
+        raise WeightsError(f"{path} cannot be loaded with torch {torch.__version__} ({reason}); "
+                           f"{remedy}") from error
     if not isinstance(content, dict):
-        raise WeightsError(f"{path} holds a {type(content).__name__}, not a dict of tensors; pass a state_dict or checkpoint")
+        raise WeightsError(f"{path} holds a {type(content).__name__}, not a dict of tensors; "
+                           "pass a state_dict or checkpoint")
     return content
 
 
 def load_strictly(module: nn.Module, state_dict: dict, what: str, expected: str) -> None:
     """load_state_dict that ends in one line: what is missing, unexpected or of another shape."""
     own = module.state_dict()
+    shapes = {key: getattr(value, "shape", None) for key, value in state_dict.items()}
     wrong = [
-        ("missing", [key for key in own if key not in state_dict]),
-        ("unexpected", [key for key in state_dict if key not in own]),
-        ("of another shape", [key for key in own if key in state_dict and own[key].shape != getattr(state_dict[key], "shape", None)]),
+        ("missing", [key for key in own if key not in shapes]),
+        ("unexpected", [key for key in shapes if key not in own]),
+        ("of another shape", [key for key in own if key in shapes and own[key].shape != shapes[key]]),
     ]
     found = [f"{len(keys)} tensors {how}, first {keys[0]}" for how, keys in wrong if keys]
     if found:

@@ -1,234 +1,357 @@
-"""Segment photos with a trained checkpoint: a palette PNG of class ids for each, and on request an overlay or scores.
+"""Segment photos with a trained checkpoint: palette PNGs of class ids, on request overlays or scores too.
 
-From Python: `label = Segmenter("runs/x/best.pth")(photo)`.
+From Python: `predictions = Segmenter("runs/x/best.pth")(photo)`.
 """
+import io
+import os
 import time
-from argparse import Namespace
+import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor
-from tqdm.auto import tqdm
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 import dataset
 import metrics
 import model as models
 import utils
 
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
+DEFAULT_IMAGE_SIZE = 256  # train.py's default
 BATCH = 8  # photos a forward pass; all are resized to one square, so sizes can mix
+SOFTWARE = "EfficientSegNet mask"  # Software field of masks and overlays; by it predict.py knows its own
+NAME_BYTES = 230  # most systems allow 255, and a file's name is longer while it is written
 
 
 class Segmenter:
-    """A checkpoint, loaded once, that turns photos into label maps.
+    """A checkpoint, loaded once, that turns photos into class ids.
 
-    The network sees a photo as it saw the training photos: squeezed to a square of the checkpoint's image size. Its logits are
-    stretched back to the photo's size before the best class is taken, so outlines are smooth.
+    The network sees a photo as it saw those of the training: squeezed to a square of the checkpoint's image
+    size. Its logits are stretched to the photo's size before the best class is taken, so outlines are smooth.
 
     Args:
         checkpoint: path of a best.pth, last.pth or a bare state_dict of EfficientSegNet.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
-        image_size: for a state_dict that does not say, in pixels, a multiple of 32.
+        image_size: for a state_dict that does not say, in pixels, a multiple of 32; 256 if left out.
+        flip: average the logits with those of the mirrored photo, in twice the network's time.
     Raises:
         model.WeightsError: the checkpoint cannot be used.
-        utils.UserError: the device cannot be used.
+        utils.UserError: the device cannot be used, or the checkpoint says another image size.
     """
 
-    def __init__(self, checkpoint: str | Path, device: str = "auto", *, image_size: int = 256) -> None:
+    def __init__(self, checkpoint: str | Path, device: str = "auto", *,
+                 image_size: int | None = None, flip: bool = False) -> None:
         content = models.load_checkpoint(checkpoint)
-        config = content["config"]
-        self.has_config = "image_size" in config
-        chosen = utils.select_device(device)
-        self.runtime = utils.Runtime(chosen, *utils.select_amp("auto", chosen))
-        self.model = models.model_from_checkpoint(content, checkpoint).eval()
-        self.model.to(self.runtime.device, memory_format=torch.channels_last).fold_encoder()
-        self.n_classes = self.model.out.out_channels
-        self.image_size = config.get("image_size", image_size)
-        known = dataset.CLASSES[: self.n_classes]
-        self.class_names = config.get("class_names", [entry.name for entry in known])
-        self.palette = np.array(config.get("class_colors", [entry.color for entry in known]), dtype=np.uint8)  # (n_classes, 3)
-        if not len(self.class_names) == len(self.palette) == self.n_classes:
-            raise models.WeightsError(f"{checkpoint}: has {self.n_classes} classes and {len(self.class_names)} class names; pass a "
-                                      "checkpoint of train.py, or add classes to CLASSES in dataset.py")
+        config = content["config"] if isinstance(content["config"], dict) else {}
+        self.has_config, self.flip = "image_size" in config, flip
+        self.image_size = config.get("image_size", image_size or DEFAULT_IMAGE_SIZE)
+        if type(self.image_size) is not int or self.image_size < 32 or self.image_size % 32:
+            raise models.WeightsError(f"{checkpoint} was trained at image size {self.image_size!r}, and only "
+                                      "multiples of 32 can be; pass a checkpoint of train.py")
+        if image_size not in (None, self.image_size):
+            raise utils.UserError(f"--image_size {image_size}: {checkpoint} was trained at "
+                                  f"{self.image_size}; leave the flag out")
+        network = models.model_from_checkpoint(content, checkpoint)
+        self.n_classes = network.out.out_channels
+        self.class_names, self.palette = read_class_table(config, self.n_classes, checkpoint)
+        selected = utils.select_device(device)
+        self.runtime = utils.Runtime(selected, *utils.select_amp("auto", selected))
+        self.model = models.fold_batch_norms(network).to(selected, memory_format=torch.channels_last)
 
     def __call__(self, photo: Image.Image | np.ndarray) -> np.ndarray:
-        """A PIL image of any mode or uint8 array (H, W, 3) to class ids, uint8 (H, W)."""
+        """A PIL image of any mode or uint8 array (H, W, 3) to the upright photo's class ids, uint8 (H, W)."""
         return self.segment([photo])[0]
 
     @torch.inference_mode()
     def segment(self, photos: Sequence[Image.Image | np.ndarray]) -> list[np.ndarray]:
-        """Several photos of any sizes in one forward pass; a label map uint8 (H, W) for each."""
-        pictures = [self._as_image(photo) for photo in photos]
+        """Several photos of any sizes in one forward pass; class ids uint8 (H, W) for each."""
+        photos = [as_image(photo) for photo in photos]
         square = (self.image_size, self.image_size)
-        inputs = np.stack([np.asarray(picture.resize(square, Image.Resampling.BILINEAR)) for picture in pictures])
-        images = torch.from_numpy(inputs).to(self.runtime.device).permute(0, 3, 1, 2)  # (B, 3, S, S), channels_last
+        images = [np.asarray(photo.resize(square, Image.Resampling.BILINEAR)) for photo in photos]
+        images = torch.from_numpy(np.stack(images)).to(self.runtime.device)
+        inputs = dataset.normalize(images.permute(0, 3, 1, 2))  # (B, 3, S, S)
         with self.runtime.autocast():
-            logits = self.model(dataset.normalize(images)).float()
-        return [best_classes(one, picture.size[::-1]).cpu().numpy() for one, picture in zip(logits, pictures)]
-
-    @staticmethod
-    def _as_image(photo: Image.Image | np.ndarray) -> Image.Image:
-        if isinstance(photo, Image.Image):
-            return dataset.to_rgb(photo)
-        if photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3:
-            raise ValueError(f"expected a uint8 array (H, W, 3), got {photo.dtype} {photo.shape}")
-        return Image.fromarray(photo)
+            logits = self.model(inputs).float()
+            if self.flip:
+                logits = (logits + self.model(inputs.flip(3)).float().flip(3)) / 2
+        return [metrics.score_stretched(one, photo.size[::-1])[0].cpu().numpy()
+                for one, photo in zip(logits, photos)]
 
 
-def best_classes(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Logits (C, h, w), stretched bilinearly to `size` (H, W), to the best class of each pixel, uint8 (H, W).
+def read_class_table(config: dict, n_classes: int, checkpoint: str | Path) -> tuple[list[str], np.ndarray]:
+    """Names and colours, uint8 (n_classes, 3), of a checkpoint's classes; dataset.py's where it has none.
 
-    Class by class: all logits of a 12-megapixel photo at once would take a gigabyte.
+    Raises:
+        model.WeightsError: they are not one name and one colour for each class.
     """
-    best, classes = None, torch.zeros(size, dtype=torch.uint8, device=logits.device)
-    for index, logit in enumerate(logits):
-        stretched = F.interpolate(logit[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
-        if best is None:
-            best = stretched
-        else:
-            classes[stretched > best] = index
-            best = torch.maximum(best, stretched)
-    return classes
+    known = dataset.CLASSES[:n_classes]
+    names = config.get("class_names", [entry.name for entry in known])
+    colors = config.get("class_colors", [entry.color for entry in known])
+    try:
+        palette = np.array(colors, dtype=np.uint8)
+        fits = len(names) == n_classes <= 256 and palette.shape == (n_classes, 3)
+        fits = fits and all(isinstance(name, str) for name in names)
+    except (TypeError, ValueError, OverflowError):
+        fits = False
+    if not fits:
+        raise models.WeightsError(f"{checkpoint} has {n_classes} classes, not a name and colour for each; "
+                                  f"pass one of train.py, or list {n_classes} in CLASSES of dataset.py")
+    return list(names), palette
+
+
+def as_image(photo: Image.Image | np.ndarray) -> Image.Image:
+    """What Segmenter takes as 8-bit RGB; ValueError for arrays of other kinds."""
+    if isinstance(photo, Image.Image):
+        return dataset.to_rgb(photo)
+    if photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3 or not photo.size:
+        raise ValueError(f"expected a uint8 array (H, W, 3), got {photo.dtype} {photo.shape}")
+    return Image.fromarray(photo)
+
+
+# --- Command line -------------------------------------------------------------------------------------------
 
 
 def get_args_parser() -> utils.ArgumentParser:
     parser = utils.ArgumentParser(description=__doc__.split("\n")[0], epilog="""examples:
   python predict.py photo.jpg --checkpoint runs/x/best.pth --output mask.png
   python predict.py holiday/ street.png --checkpoint runs/x/best.pth --output masks/ --overlay
-  python predict.py data/demo/val --composite --checkpoint runs/x/best.pth --output masks/""")
-    parser.add_argument("photos", nargs="+", type=Path, metavar="PHOTO_OR_FOLDER",
-                        help="any size and mode that Pillow reads; of a folder, its images in natural order")
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="best.pth of a run, or a bare state_dict")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE_OR_FOLDER",
-                        help="a .png file for one photo, else a folder that gets NAME.png for each")
-    look = parser.add_argument_group("what else to do")
-    look.add_argument("--overlay", action="store_true", help="also save NAME_overlay.png, the mask over the photo with a legend")
-    look.add_argument("--composite", action="store_true",
-                      help="the files are composites: segment the left half and score it against the right half")
-    run = parser.add_argument_group("run")
-    run.add_argument("--device", default="auto", metavar="auto|cpu|cuda|cuda:N|mps", help="auto (if left out) prefers a GPU")
-    run.add_argument("--image_size", type=int, default=256, metavar="PIXELS",
-                     help="of the network's input, only for a checkpoint that does not say; %(default)s if left out")
+  python predict.py images/demo/val --composite --checkpoint runs/x/best.pth --output masks/""")
+    add = parser.add_argument
+    add("photos", nargs="+", type=Path, metavar="PHOTO_OR_FOLDER",
+        help="any size and mode that Pillow reads; of a folder, its images in natural order")
+    add("--checkpoint", type=Path, required=True, metavar="FILE",
+        help="best.pth of a run, or a bare state_dict")
+    add("--output", type=Path, required=True, metavar="FILE_OR_FOLDER",
+        help="a .png file for one photo, else a folder that gets NAME.png for each; only files that "
+             "predict.py wrote are replaced")
+    add("--overlay", action="store_true",
+        help="also save NAME_overlay.png, the mask over the photo with a legend")
+    add("--composite", action="store_true",
+        help="the files are composites: segment the left half and score it against the right half")
+    add("--flip", action="store_true",
+        help="average with the mirrored photo, in twice the network's time")
+    add("--device", default="auto", metavar="auto|cpu|cuda|cuda:N|mps",
+        help="auto (if left out) prefers a GPU")
+    add("--image_size", type=utils.whole_number(32, multiple=32), metavar="PIXELS",
+        help="side of the network's input, a multiple of 32, for a checkpoint that does not say; "
+             f"{DEFAULT_IMAGE_SIZE} if left out")
     return parser
 
 
-def plan_outputs(args: Namespace) -> list[tuple[Path, Path]]:
-    """Each photo with the file of its mask.
+class Job(NamedTuple):
+    photo: Path
+    mask: Path
+    overlay: Path
+
+
+def find_photos(paths: Sequence[Path]) -> list[Path]:
+    """The photos of the command line, each once; of a folder without the masks and overlays of earlier runs.
 
     Raises:
-        utils.UserError: no photos, an output that cannot be, or one that would overwrite a photo.
+        utils.UserError: no photos, or a mask by name.
+        dataset.DatasetError: a folder that cannot be listed.
     """
-    photos = []
-    for path in args.photos:
-        photos += dataset.list_images(path, PHOTO_SUFFIXES) if path.is_dir() else [path]
+    photos, n_own = {}, 0
+    for path in paths:
+        is_folder = os.path.isdir(path)
+        for photo in dataset.list_images(path) if is_folder else [path]:
+            if not is_own(photo):
+                photos.setdefault((os.path.realpath(photo), photo.name), photo)
+            elif not is_folder:
+                raise utils.UserError(f"{photo} is a mask or overlay of predict.py; pass photos")
+            else:
+                n_own += 1
+    if n_own:
+        utils.say(f"Leaving out {n_own} masks and overlays of earlier runs")
     if not photos:
-        raise utils.UserError(f"{args.photos[0]} holds no images ({', '.join(PHOTO_SUFFIXES)}); pass photos or a folder of them")
-    one_file = len(photos) == 1 and not args.photos[0].is_dir() and not args.output.is_dir() and args.output.suffix
-    if one_file and args.output.suffix.lower() != ".png":
-        raise utils.UserError(f"--output {args.output}: a mask holds class ids, which only PNG keeps; name it {args.output.stem}.png")
-    if not one_file and args.output.is_file():
-        raise utils.UserError(f"--output {args.output} is a file, and {len(photos)} masks need a folder; name a folder")
-    stems = Counter(path.stem for path in photos)
-    outputs = [args.output] if one_file else [
-        # a.jpg and a.png become a.jpg.png and a.png.png
-        args.output / (f"{path.stem}.png" if stems[path.stem] == 1 else f"{path.name}.png") for path in photos]
-    times, originals = Counter(outputs), {path.resolve() for path in photos}
+        found = "only masks of earlier runs" if n_own else "no images"
+        raise utils.UserError(f"{paths[0]} holds {found}; pass photos or a folder of them")
+    return list(photos.values())
+
+
+def is_own(path: Path) -> bool:
+    """Whether a file is a mask or overlay that predict.py wrote."""
+    if not os.path.isfile(path):  # reading from a pipe would empty it
+        return False
+    try:
+        with open(path, "rb") as file:
+            return f"Software\0{SOFTWARE}".encode() in file.read(1024)  # it stands before palette and pixels
+    except OSError:
+        return False
+
+
+def plan_outputs(photos: Sequence[Path], output: Path, in_folder: bool) -> list[Job]:
+    """Each photo with its mask's and overlay's file: --output itself for one photo, or NAME.png in it.
+
+    Raises:
+        utils.UserError: --output is a file for several photos, or no PNG.
+    """
+    if dataset.is_image(output) and not os.path.isdir(output):
+        if in_folder or len(photos) > 1:
+            raise utils.UserError(f"--output {output} is one file, and these photos need a folder; name one")
+        if output.suffix.lower() != ".png":
+            raise utils.UserError(f"--output {output}: a mask holds class ids, which only PNG keeps; "
+                                  f"name it {output.stem}.png")
+        masks = [output]
+    else:
+        stems = Counter(name_key(photo.stem) for photo in photos)  # a.jpg and a.png: a.jpg.png and a.png.png
+        names = [photo.stem if stems[name_key(photo.stem)] == 1 else photo.name for photo in photos]
+        masks = [output / f"{name}.png" for name in names]
+    overlays = [mask.with_name(f"{mask.stem}_overlay.png") for mask in masks]
+    return [Job(*files) for files in zip(photos, masks, overlays)]
+
+
+def name_key(name: str | Path) -> str:
+    """The same for names that some file systems take for one: other case, or accents coded in another way."""
+    return unicodedata.normalize("NFC", str(name)).casefold()
+
+
+def check_outputs(outputs: Iterable[Path]) -> None:
+    """UserError if two outputs are one file, or one would replace what predict.py did not write."""
+    seen = {}
     for output in outputs:
-        if times[output] > 1 or output.resolve() in originals:
-            raise utils.UserError(f"{output} would be written twice or over a photo; choose another --output or fewer folders at once")
-    return list(zip(photos, outputs))
+        other = seen.setdefault(name_key(output), output)
+        if other is not output:
+            raise utils.UserError(f"{other} and {output} would be one file where case does not count; "
+                                  "rename a photo, or segment them apart")
+        if len(os.fsencode(output.name)) > NAME_BYTES:
+            raise utils.UserError(f"{output}: its name has more than {NAME_BYTES} bytes; rename the photo")
+        if os.path.exists(output) and not is_own(output):
+            raise utils.UserError(f"{output} is there, not written by predict.py; choose another --output")
 
 
 def read_sample(path: Path, composite: bool, n_classes: int) -> tuple[Image.Image, np.ndarray | None] | str:
-    """A photo and, of a composite, its truth, uint8 (H, W); the error message for what cannot be read."""
+    """A photo and, of a composite, its label, uint8 (H, W); the error message for what cannot be read."""
     try:
         if not composite:
             return dataset.read_image(path), None
         image, label = dataset.read_composite(path, image_size=None)
-        if label.max() >= n_classes:
-            return f"{path}: holds class id {label.max()}, and the checkpoint's {n_classes} classes end at {n_classes - 1}"
-        return Image.fromarray(image), label
     except dataset.DatasetError as error:
         return str(error)
+    highest = label.max()
+    if highest >= n_classes:
+        return f"{path}: holds class id {highest}, the checkpoint's end at {n_classes - 1}; leave it out"
+    return Image.fromarray(image), label
 
 
-def segment_files(segmenter: Segmenter, paths: Sequence[Path], composite: bool) -> Iterator[tuple]:
-    """(photo, truth, label map) or an error message for each path, in order; files are read while the network works."""
-    with ThreadPoolExecutor(dataset.available_cpus()) as pool:
+def segment_files(segmenter: Segmenter, paths: Sequence[Path], composite: bool) -> Iterator[tuple | str]:
+    """(photo, label, predictions) or an error message for each path; reads while the network works."""
+    with ThreadPoolExecutor(utils.available_cpus()) as pool:
         batches = [paths[start : start + BATCH] for start in range(0, len(paths), BATCH)]
         pending = [pool.submit(read_sample, path, composite, segmenter.n_classes) for path in batches[0]]
         for following in [*batches[1:], []]:
             samples = [future.result() for future in pending]
             pending = [pool.submit(read_sample, path, composite, segmenter.n_classes) for path in following]
             readable = [sample for sample in samples if not isinstance(sample, str)]
-            labels = iter(segmenter.segment([photo for photo, _ in readable]) if readable else [])
+            predictions = iter(segmenter.segment([photo for photo, _ in readable]) if readable else [])
             for sample in samples:
-                yield sample if isinstance(sample, str) else (*sample, next(labels))
+                yield sample if isinstance(sample, str) else (*sample, next(predictions))
 
 
-def save_mask(label: np.ndarray, palette: np.ndarray, path: Path) -> None:
-    """A palette PNG of uint8 (H, W): pixel values are class ids, and viewers show the official colours."""
-    mask = Image.fromarray(label)
-    mask.putpalette(palette.flatten().tolist())
-    utils.write_image(path, mask)
+def write_outputs(job: Job, photo: Image.Image | None, predictions: np.ndarray, segmenter: Segmenter) -> None:
+    """The mask, whose pixels are class ids in the classes' colours; with a photo, the overlay too."""
+    mask = Image.fromarray(predictions)
+    mask.putpalette(segmenter.palette.tobytes())
+    write_own(job.mask, mask)
+    if photo:
+        overlay = draw_overlay(photo, predictions, segmenter.class_names, segmenter.palette)
+        write_own(job.overlay, overlay)
 
 
-def score(label: np.ndarray, truth: np.ndarray, n_classes: int) -> metrics.SegmentationMetrics:
-    """The metrics of one label map against its truth, both uint8 (H, W)."""
-    totals = metrics.SegmentationMetrics(n_classes)
-    totals.update(torch.from_numpy(label)[None], torch.from_numpy(truth)[None])
-    return totals
+def draw_overlay(photo: Image.Image, predictions: np.ndarray, names: Sequence[str], palette: np.ndarray) -> Image.Image:
+    """The class colours blended over a photo, with a legend of the classes present below it.
+
+    Args:
+        photo: RGB, W x H.
+        predictions: uint8 (H, W).
+        names, palette: the class names and their colours, uint8 (n_classes, 3).
+    """
+    blended = Image.blend(photo, Image.fromarray(palette[predictions]), alpha=0.55)
+    W, H = blended.size
+    present = np.unique(predictions)
+    font = ImageFont.load_default(size=max(11, min(W, 1600) // 45))
+    line = round(font.size * 1.6)
+    column = max(font.getlength(names[i]) for i in present) + 2 * line
+    n_columns = max(1, int(W // column))
+    height = H + line * -(-len(present) // n_columns) + line // 2
+    canvas = Image.new("RGB", (max(W, round(column)), height), "white")
+    canvas.paste(blended)
+    draw = ImageDraw.Draw(canvas)
+    for place, i in enumerate(present):
+        x, y = place % n_columns * column + line // 4, H + line // 4 + place // n_columns * line
+        fill = tuple(palette[i].tolist())
+        draw.rectangle((x, y + line * 0.15, x + line * 0.8, y + line * 0.85), fill=fill, outline="gray")
+        draw.text((x + line * 1.1, y + line * 0.5), names[i], fill="black", font=font, anchor="lm")
+    return canvas
 
 
-def describe(totals: metrics.SegmentationMetrics) -> str:
-    figures = totals.compute()
+def write_own(path: Path, image: Image.Image) -> None:
+    """A PNG that `is_own` knows."""
+    mark, buffer = PngInfo(), io.BytesIO()
+    mark.add_text("Software", SOFTWARE)
+    image.save(buffer, "PNG", pnginfo=mark)
+    utils.write_file(path, buffer.getbuffer())
+
+
+def score(predictions: np.ndarray, label: np.ndarray, n_classes: int) -> metrics.SegmentationMetrics:
+    """The metrics of one composite, both arrays uint8 (H, W)."""
+    scores = metrics.SegmentationMetrics(n_classes)
+    scores.update(torch.from_numpy(predictions)[None], torch.from_numpy(label)[None])
+    return scores
+
+
+def describe_scores(scores: metrics.SegmentationMetrics) -> str:
+    figures = scores.compute()
     return f"dice {figures['dice']:.4f}, mean IoU {figures['mean_iou']:.4f}"
+
+
+def describe_shares(predictions: np.ndarray, names: Sequence[str]) -> str:
+    shares = np.bincount(predictions.flat, minlength=len(names)) / predictions.size
+    return ", ".join(f"{names[i]} {shares[i]:.1%}" for i in np.argsort(-shares) if shares[i] > 0)
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; SystemExit with status 1 and one line on stderr for what a user can put right."""
     with utils.user_errors(dataset.DatasetError, models.WeightsError):
         args = get_args_parser().parse_args(argv)
-        plan = plan_outputs(args)
-        segmenter = Segmenter(args.checkpoint, args.device, image_size=args.image_size)
+        photos = find_photos(args.photos)
+        jobs = plan_outputs(photos, args.output, in_folder=os.path.isdir(args.photos[0]))
+        check_outputs(path for job in jobs for path in (job[1:] if args.overlay else [job.mask]))
+        segmenter = Segmenter(args.checkpoint, args.device, image_size=args.image_size, flip=args.flip)
+        if args.composite:
+            dataset.check_classes(segmenter.class_names, segmenter.palette.tolist(), args.checkpoint)
         if not segmenter.has_config:
-            print(f"{args.checkpoint} holds weights alone: taking the first {segmenter.n_classes} Cityscapes classes and --image_size "
-                  f"{args.image_size}")
-        utils.make_dir(plan[0][1].parent, "--output")
-        totals, skipped = metrics.SegmentationMetrics(segmenter.n_classes), []
-        results = segment_files(segmenter, [path for path, _ in plan], args.composite)
-        progress = tqdm(zip(plan, results), "Segmenting", len(plan), unit="photo", leave=False, disable=None)
+            utils.say(f"{args.checkpoint} holds weights alone: taking the first {segmenter.n_classes} "
+                      f"classes of dataset.py and --image_size {segmenter.image_size}")
+        folder, skipped = jobs[0].mask.parent, []
+        all_scores = metrics.SegmentationMetrics(segmenter.n_classes)
+        utils.make_dir(folder, "--output")
         started = time.monotonic()
-        for (path, output), result in progress:
+        results = zip(jobs, segment_files(segmenter, photos, args.composite))
+        for job, result in utils.progress_bar(results, "Segmenting", len(jobs), unit="photo"):
             if isinstance(result, str):
                 skipped.append(result)
                 continue
-            photo, truth, label = result
-            save_mask(label, segmenter.palette, output)
-            if args.overlay:
-                overlay = utils.draw_overlay(photo, label, segmenter.class_names, segmenter.palette)
-                utils.write_image(output.with_name(f"{output.stem}_overlay.png"), overlay)
-            shares = np.bincount(label.flat, minlength=segmenter.n_classes) / label.size
-            line = ", ".join(f"{segmenter.class_names[i]} {shares[i]:.1%}" for i in np.argsort(-shares) if shares[i] > 0)
+            photo, label, predictions = result
+            write_outputs(job, photo if args.overlay else None, predictions, segmenter)
+            line = describe_shares(predictions, segmenter.class_names)
             if args.composite:
-                scored = score(label, truth, segmenter.n_classes)
-                totals.confusion += scored.confusion
-                line = f"{describe(scored)}; {line}"
-            tqdm.write(f"{path} -> {output}: {line}")
-        n_done = len(plan) - len(skipped)
+                scores = score(predictions, label, segmenter.n_classes)
+                all_scores.confusion += scores.confusion
+                line = f"{describe_scores(scores)}; {line}"
+            utils.say(f"{job.photo} -> {job.mask}: {line}")
+        n_done, rate = len(jobs) - len(skipped), len(jobs) / (time.monotonic() - started)
         if args.composite and n_done:
-            print(f"All {n_done} composites together: {describe(totals)}")
-        if len(plan) > 1:
-            rate = len(plan) / (time.monotonic() - started)
-            print(f"{n_done} of {len(plan)} photos segmented, {rate:.1f} a second, masks in {plan[0][1].parent}")
+            utils.say(f"All {n_done} composites together: {describe_scores(all_scores)}")
+        if len(jobs) > 1:
+            utils.say(f"{n_done} of {len(jobs)} photos segmented, {rate:.1f} a second, masks in {folder}")
         if skipped:
-            raise utils.UserError(f"skipped {len(skipped)} of {len(plan)}: {'; '.join(skipped)}")
+            raise utils.UserError(f"skipped {len(skipped)} of {len(jobs)}: {'; '.join(skipped)}")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
 """Train EfficientSegNet on street-scene composites: one process on a CPU or GPU, or one a GPU under torchrun.
 
-The recipe is main(), top to bottom. What a run leaves in its folder is named in RUN_FILES.
+The recipe is main() and what it calls, from the end of this file upwards. RUN_FILES names what a run leaves.
 """
 import contextlib
 import copy
+import json
 import math
-import os
 import platform
-import signal
-import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,518 +20,840 @@ import torch
 import torch.distributed as dist
 import torchvision
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import BatchSampler
 from tqdm.auto import tqdm
 
 import dataset
 import metrics
 import model as models
 import utils
-from utils import Runtime, UserError
+from dataset import Split
+from utils import Runtime, SharedError, UserError
 
-RUN_FILES = ("config.json", "history.csv", "curves.png", "predictions.png", "confusion_matrix.png", "per_class.csv", "best.pth",
-             "last.pth")
-RECIPE = ("num_epochs", "batch_size", "learning_rate", "num_classes", "data_dir", "demo", "image_size", "encoder_weights",
-          "finetune_encoder", "amp", "seed", "no_cache")  # the flags that a checkpoint remembers for --resume
+DEMO_DIR = Path(__file__).parent / "images" / "demo"
+RUN_FILES = ("config.json", "history.csv", "curves.png", "predictions.png", "confusion_matrix.png",
+             "per_class.csv", "best.pth", "last.pth")
+RECIPE = ("num_epochs", "batch_size", "learning_rate", "num_classes", "data_dir", "demo", "image_size",
+          "encoder_weights", "finetune_encoder", "amp", "seed", "no_cache")  # what a checkpoint remembers
+EVALUATION_FLAGS = {"evaluate", "data_dir", "demo", "num_classes", "image_size", "num_workers", "device",
+                    "amp", "flip"}
 WEIGHT_DECAY = 0.01  # AdamW's default
 ENCODER_LEARNING_RATE = 0.3  # of the decoders', for --finetune_encoder: its features are good already
-# With a frozen encoder a pixel counts in the training loss as the share of its class to this power: 3.4 times as much of a motorcycle
-# as of the road. In 15 epochs at 128x128 that cost 0.004 dice and gained 0.032 mean IoU.
-CLASS_WEIGHT_POWER = -0.2
-# Background is whatever has no class of its own, and a fine-tuned network calls too many hard pixels that. Counting it less in the
-# training loss finds more of every other class: in whole runs at no cost in dice, while five epochs at 128x128 give 0.008 dice for
-# 0.005 pixel accuracy without background and 0.004 mean IoU.
-FINETUNE_BACKGROUND_WEIGHT = 0.25
+CLASS_WEIGHT_POWER = -0.2  # frozen: a pixel counts as its class's share to this power, for the rare ones
+FINETUNE_BACKGROUND_WEIGHT = 0.25  # a fine-tuned network calls too many hard pixels background
 WARMUP = 0.05  # of all steps: fresh decoders behind trained features get large, useless gradients at first
 FINAL_LEARNING_RATE = 0.01  # of the peak
-EVALUATION_BATCH = 16  # no activations are kept, so four times the training batch fits in less memory
-CPU_EVALUATION_BATCH = 8  # a CPU gains nothing from larger ones, whose activations leave its caches
+EVALUATION_BATCH = {"cpu": 8, "cuda": 16, "mps": 16}  # larger ones leave a CPU's caches
 PREDICTION_SAMPLES = 4  # rows of predictions.png
 BAR_SECONDS = 1.0  # how often the host waits for the device to show loss and dice
+GRAPH_WARMUP = 3  # steps before a CUDA graph is captured: cuDNN chooses kernels, AdamW makes its state
+MEMORY_SHARE = 0.8  # of the free memory that the data may take
+
+
+# --- Arguments ----------------------------------------------------------------------------------------------
+
+
+EXAMPLES = """examples:
+  python train.py --demo                                        synthetic scenes, no download
+  python train.py --data_dir data/cityscapes_data               the defaults on the real composites
+  python train.py --resume runs/x/last.pth                      go on after an interruption, flags as before
+  python train.py --resume runs/x/last.pth --num_epochs 20      go on for longer
+  python train.py --resume runs/x/best.pth --finetune_encoder   a new run from these weights
+  python train.py --evaluate runs/x/best.pth                    score a checkpoint on val/
+  torchrun --nproc_per_node=8 train.py --batch_size 4           eight GPUs, 32 images a step"""
 
 
 def get_args_parser() -> utils.ArgumentParser:
-    parser = utils.ArgumentParser(description=__doc__.split("\n")[0], epilog="""examples:
-  python train.py --demo                                        synthetic scenes, no download, about two minutes
-  python train.py --data_dir data/cityscapes_data               the defaults on the real composites
-  python train.py --resume runs/x/last.pth                      go on after an interruption, with the same flags
-  python train.py --resume runs/x/last.pth --num_epochs 20      go on for longer
-  python train.py --evaluate runs/x/best.pth                    score a checkpoint on val/
-  torchrun --nproc_per_node=8 train.py --batch_size 4           eight GPUs, 32 images a step""")
+    parser = utils.ArgumentParser(description=__doc__.split("\n")[0], epilog=EXAMPLES)
     recipe = parser.add_argument_group("recipe (--resume remembers these; a flag given with --resume wins)")
-    recipe.add_argument("--num_epochs", type=utils.positive_int, default=10, metavar="N",
-                        help="passes over train/, %(default)s if left out")
-    recipe.add_argument("--batch_size", type=utils.positive_int, default=4, metavar="N",
-                        help="images a step in each process, %(default)s if left out")
-    recipe.add_argument("--learning_rate", type=utils.positive_float, default=1e-3, metavar="RATE",
-                        help="AdamW's peak learning rate, %(default)s if left out; a cosine brings it down to 1%% of that")
-    recipe.add_argument("--num_classes", type=utils.positive_int, default=len(dataset.CLASSES), metavar="N",
-                        help="ids in the labels are below this, at most and if left out %(default)s")
-    recipe.add_argument("--image_size", type=int, default=256, metavar="PIXELS",
-                        help="side of the square that photo and label are resized to, a multiple of 32, %(default)s if left out")
-    recipe.add_argument("--finetune_encoder", action="store_true",
-                        help="train the encoder too, at 0.3 of the learning rate; a step takes about 1.7 times as long")
-    recipe.add_argument("--encoder_weights", default="imagenet", metavar="imagenet|none|FILE",
-                        help="torchvision's download (if left out), random, or an efficientnet_b0 state_dict")
-    recipe.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto",
-                        help="mixed precision; auto (if left out) takes what the device is fast at")
-    recipe.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, shuffle and augmentation, %(default)s if left out")
+    add = recipe.add_argument
+    add("--num_epochs", type=utils.whole_number(1), default=10, metavar="N",
+        help="passes over train/, %(default)s if left out")
+    add("--batch_size", type=utils.whole_number(1), default=4, metavar="N",
+        help="images a step in each process, %(default)s if left out")
+    add("--learning_rate", type=utils.positive_float, default=1e-3, metavar="RATE",
+        help=f"AdamW's peak, %(default)s if left out; a cosine ends at {FINAL_LEARNING_RATE:.0%}% of it")
+    n_classes = len(dataset.CLASSES)
+    add("--num_classes", type=utils.whole_number(2, n_classes), default=n_classes, metavar="N",
+        help="ids in the labels are below this, at most and if left out %(default)s")
+    add("--image_size", type=utils.whole_number(32, multiple=32), default=256, metavar="PIXELS",
+        help="side of the square that photos are resized to, a multiple of 32, %(default)s if left out")
+    add("--finetune_encoder", action="store_true",
+        help=f"train the encoder too, at {ENCODER_LEARNING_RATE} of the learning rate, in every step")
+    add("--encoder_weights", default="imagenet", metavar="imagenet|none|FILE",
+        help="torchvision's download (if left out), random, or an efficientnet_b0 state_dict")
+    add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto",
+        help="mixed precision; auto (if left out) takes what the device is fast at")
+    add("--seed", type=utils.whole_number(0, 2**63 - 1), default=0, metavar="N",
+        help="of weights, shuffle and augmentation, %(default)s if left out")
     data = parser.add_argument_group("data")
-    data.add_argument("--data_dir", type=Path, default=Path("data/cityscapes_data"), metavar="FOLDER",
-                      help="holds train/ and val/ with composites, %(default)s if left out")
-    data.add_argument("--demo", action="store_true", help="draw synthetic street scenes under data/demo and train on them")
-    data.add_argument("--no_cache", action="store_true",
-                      help="decode on the fly instead of once into memory (4 bytes a pixel); chosen by itself if memory is short")
-    data.add_argument("--num_workers", type=int, default=None, metavar="N",
-                      help="DataLoader processes that decode with --no_cache, one a core if left out")
+    source = data.add_mutually_exclusive_group()
+    source.add_argument("--data_dir", type=Path, default=Path("data/cityscapes_data"), metavar="FOLDER",
+                        help="holds train/ and val/ with composites, %(default)s if left out")
+    source.add_argument("--demo", action="store_true",
+                        help="train on the synthetic street scenes in images/demo")
+    add = data.add_argument
+    add("--no_cache", action="store_true",
+        help="keep nothing in memory: decode and encode in every step; chosen by itself if memory is short")
+    add("--num_workers", type=utils.whole_number(0), default=utils.available_cpus(), metavar="N",
+        help="processes that read composites, at the start and, with --no_cache, in every step; one a core "
+             "(%(default)s) if left out")
     run = parser.add_argument_group("run")
-    run.add_argument("--output_dir", type=Path, metavar="FOLDER", help="where the results go, runs/<date-time> if left out")
-    run.add_argument("--resume", type=Path, metavar="FILE", help="continue the run of this last.pth in its own folder")
-    run.add_argument("--evaluate", type=Path, metavar="FILE", help="score this checkpoint on val/ and train nothing")
-    run.add_argument("--device", default="auto", metavar="auto|cpu|cuda|cuda:N|mps", help="auto (if left out) prefers a GPU")
-    run.add_argument("--compile", action="store_true", help="torch.compile: one to two minutes at the start, less time a step")
-    run.add_argument("--sync_batch_norm", action="store_true", help="share batch-norm statistics between GPUs (torchrun)")
+    add = run.add_argument
+    add("--output_dir", type=Path, metavar="FOLDER", help="a new folder, runs/<date-time> if left out")
+    mode = run.add_mutually_exclusive_group()
+    mode.add_argument("--resume", type=Path, metavar="FILE",
+                      help="continue the run of a last.pth, or start a new one from another file's weights")
+    mode.add_argument("--evaluate", type=Path, metavar="FILE",
+                      help="score this checkpoint on val/, train nothing")
+    add("--flip", action="store_true",
+        help="with --evaluate: average with the mirrored photo, at twice the time")
+    add("--device", default="auto", metavar="auto|cpu|cuda|cuda:N|mps",
+        help="auto (if left out) prefers a GPU")
+    add("--compile", action="store_true",
+        help="torch.compile: a minute or two at the start, less time a step on some machines")
     return parser
 
 
-def parse_args(argv: list[str] | None) -> tuple[Namespace, dict | None]:
-    """The flags, and the checkpoint of --resume or --evaluate, whose recipe takes the place of the defaults."""
+def parse_args(argv: Sequence[str] | None) -> tuple[Namespace, dict | None]:
+    """The flags, and the checkpoint of --resume or --evaluate: its recipe takes the place of the defaults."""
+    dataset.project_decoder()  # is the class table sound?
     parser = get_args_parser()
-    args = parser.parse_args(argv)
-    path = args.resume or args.evaluate
-    checkpoint = models.load_checkpoint(path) if path else None
-    if checkpoint:
-        config = checkpoint["config"]
-        n_classes = len(checkpoint["model"]["out.weight"])
-        parser.set_defaults(**{key: value for key, value in config.get("settings", {}).items() if key in RECIPE})
-        parser.set_defaults(num_classes=n_classes, image_size=config.get("image_size", args.image_size))
-        if args.resume and "optimizer" in checkpoint:
-            parser.set_defaults(output_dir=args.resume.parent)
-        args = parser.parse_args(argv)
-        if args.num_classes != n_classes:
-            raise UserError(f"--num_classes {args.num_classes}: {path} has {n_classes} classes; leave the flag out")
-    if args.image_size < 32 or args.image_size % 32:
-        raise UserError(f"--image_size {args.image_size}: expected a positive multiple of 32, such as 128 or 256")
-    if args.num_classes > len(dataset.CLASSES):
-        raise UserError(f"--num_classes {args.num_classes}: labels have ids 0..{len(dataset.CLASSES) - 1}; "
-                        f"pass {len(dataset.CLASSES)}, or add classes to CLASSES in dataset.py")
-    args.data_dir = Path("data/demo") if args.demo else Path(args.data_dir)
-    args.output_dir = args.output_dir or Path("runs", datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
+    defaults = vars(parser.parse_args([]))
+    parsed = vars(parser.parse_args(argv, Namespace(**dict.fromkeys(defaults))))  # None for what is left out
+    given = {name: value for name, value in parsed.items() if value is not None}
+    if "evaluate" in given and (useless := given.keys() - EVALUATION_FLAGS):
+        parser.error(f"--{min(useless)} changes nothing with --evaluate; leave it out")
+    if "resume" in given and "encoder_weights" in given:
+        parser.error("--encoder_weights changes nothing with --resume, whose file holds the encoder; "
+                     "leave it out")
+    if "flip" in given and "evaluate" not in given:
+        parser.error("--flip belongs to --evaluate; leave it out")
+    path = given.get("resume") or given.get("evaluate")
+    if not path:
+        return Namespace(**defaults | given), None
+
+    checkpoint = models.load_checkpoint(path)
+    config, n_classes = checkpoint["config"], len(checkpoint["model"]["out.weight"])
+    if given.get("num_classes", n_classes) != n_classes:
+        raise UserError(f"--num_classes {given['num_classes']}: {path} has {n_classes} classes; "
+                        "leave the flag out")
+    remembered = {name: value for name, value in config.get("settings", {}).items() if name in RECIPE}
+    remembered |= {"num_classes": n_classes, "image_size": config.get("image_size", defaults["image_size"])}
+    if "data_dir" in given or "demo" in given:  # either wins over both that are remembered
+        remembered |= {"data_dir": defaults["data_dir"], "demo": False}
+    args = Namespace(**defaults | remembered | given)
+    check_checkpoint(checkpoint, path, args)
     return args, checkpoint
 
 
-def load_splits(args: Namespace, splits: tuple[str, ...], runtime: Runtime) -> dict[str, dataset.CompositeDataset]:
-    """The composites of each split, in memory if they fit there."""
-    n_composites = sum(len(dataset.list_composites(args.data_dir / split)) for split in splits)
-    copies = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each process of this machine keeps its own
-    needed = n_composites * 4 * args.image_size**2 * copies
-    available = dataset.available_memory()
-    cache = not args.no_cache
-    if cache and available is not None and needed > 0.8 * available:
-        cache = False
-        runtime.log(f"Memory      {needed / 1e9:.2f} GB for the data, {available / 1e9:.2f} GB free: decoding on the fly (--no_cache)")
-    loaded = {split: dataset.CompositeDataset(args.data_dir / split, args.image_size, args.num_classes, cache=cache,
-                                              show_progress=runtime.rank == 0) for split in splits}
-    runtime.log(f"Data        {' and '.join(f'{len(data):,} {split}' for split, data in loaded.items())} composites of {args.data_dir} at "
-                f"{args.image_size}x{args.image_size}, " + (f"{needed / 1e9:.2f} GB in memory" if cache else "decoded on the fly"))
-    return loaded
+def check_checkpoint(checkpoint: dict, path: Path, args: Namespace) -> None:
+    """UserError if a checkpoint's class ids mean something else here, or its run cannot be continued."""
+    config = checkpoint["config"]
+    dataset.check_classes(config.get("class_names", []), config.get("class_colors", []), path)
+    if not continues_run(checkpoint, args):
+        return
+    if "best" not in checkpoint or "scored_on" not in config:
+        raise UserError(f"--resume {path}: an older version of this program wrote it; start a new run from "
+                        "its weights: --resume the best.pth beside it")
+    own_folder = not args.output_dir or args.output_dir.resolve() == path.parent.resolve()
+    unreported = own_folder and not all((path.parent / name).exists() for name in RUN_FILES)
+    if checkpoint["epoch"] >= args.num_epochs and not unreported:
+        raise UserError(f"--resume {path}: the run has finished its {checkpoint['epoch']} epochs; pass "
+                        f"--num_epochs {checkpoint['epoch'] + 10}, say, to go on")
 
 
-def make_loader(data: dataset.CompositeDataset, batch_size: int, sampler, args: Namespace, runtime: Runtime,
-                drop_last: bool = False) -> DataLoader:
-    """Batches of uint8 images and labels; the data set gathers a whole batch at once, so there is nothing to collate."""
-    workers = 0 if data.cache else dataset.available_cpus() if args.num_workers is None else args.num_workers
-    return DataLoader(data, batch_size, sampler=sampler, drop_last=drop_last, num_workers=workers, collate_fn=dataset.keep_batch,
-                      pin_memory=runtime.device.type == "cuda", persistent_workers=workers > 0)
+def continues_run(checkpoint: dict | None, args: Namespace) -> bool:
+    """Whether a checkpoint goes on with its run; one without an optimizer starts a new run or is scored."""
+    return args.resume is not None and "optimizer" in checkpoint
 
 
-def make_val_loader(data: dataset.CompositeDataset, args: Namespace, runtime: Runtime) -> DataLoader:
-    """Batches of this rank's share of a split: every image on exactly one rank, unlike DistributedSampler, which pads."""
-    batch_size = CPU_EVALUATION_BATCH if runtime.device.type == "cpu" else EVALUATION_BATCH
-    return make_loader(data, batch_size, range(runtime.rank, len(data), runtime.world_size), args, runtime)
+# --- Data ---------------------------------------------------------------------------------------------------
 
 
-def build_model(args: Namespace, checkpoint: dict | None, runtime: Runtime) -> models.EfficientSegNet:
-    """The network on the CPU, from a checkpoint or from encoder weights and random decoders."""
-    torch.manual_seed(args.seed)
-    if checkpoint:
-        return models.model_from_checkpoint(checkpoint, args.resume or args.evaluate, finetune_encoder=args.finetune_encoder)
-    weights = args.encoder_weights if runtime.rank == 0 else "none"  # rank 0 alone downloads; share_weights hands its own on
-    try:
-        return models.EfficientSegNet(args.num_classes, weights, finetune_encoder=args.finetune_encoder)
-    except models.WeightsError as error:
-        if not (args.demo and weights == "imagenet"):
-            raise
-        runtime.log(f"Demo        goes on with random encoder weights: {error}")
-        args.encoder_weights = "none"
-        return models.EfficientSegNet(args.num_classes, "none", finetune_encoder=args.finetune_encoder)
+def data_folder(args: Namespace) -> Path:
+    return DEMO_DIR if args.demo else Path(args.data_dir)
 
 
-def place_model(model: models.EfficientSegNet, args: Namespace, runtime: Runtime) -> models.EfficientSegNet:
-    """The network on its device, sharing batch-norm statistics between GPUs if asked; UserError where torch cannot share them."""
-    model.to(runtime.device, memory_format=torch.channels_last)
-    if args.sync_batch_norm and runtime.device.type != "cuda":
-        raise UserError(f"--sync_batch_norm: torch offers it on CUDA GPUs alone, and this is {runtime.device}; leave it out")
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if args.sync_batch_norm and runtime.world_size > 1 else model
+def load_splits(names: Sequence[str], args: Namespace, runtime: Runtime) -> dict[str, Split]:
+    """This process's share of train/ and val/, read and checked, kept in memory if all shares fit there.
 
-
-def build_optimizer(model: models.EfficientSegNet, args: Namespace, n_steps: int):
-    """AdamW on the trainable parameters alone, and its schedule.
-
-    The learning rate rises over the first WARMUP of all steps and then follows half a cosine to FINAL_LEARNING_RATE of the peak,
-    reached at the run's last step: a run of few epochs gains most from its low end, and needs no patience or milestones to tune.
-    It is a function of step / n_steps, so --resume with more epochs goes on along the curve of the longer run.
+    DatasetError without composites; SharedError if they are fewer than processes, one in any process's share
+    is bad, or all are background.
     """
-    groups = [{"params": model.decoder_parameters(), "lr": args.learning_rate}]
-    if args.finetune_encoder:
-        groups.append({"params": model.encoder_parameters(), "lr": args.learning_rate * ENCODER_LEARNING_RATE})
-    optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY, fused=True)
-    trainable = {parameter for parameter in model.parameters() if parameter.requires_grad}
-    assert trainable == {parameter for group in optimizer.param_groups for parameter in group["params"]}
-
-    def factor(step: int) -> float:
-        progress = min(step / n_steps, 1)
-        if progress < WARMUP:
-            return max(progress, 1 / n_steps) / WARMUP
-        cosine = 0.5 + 0.5 * math.cos(math.pi * (progress - WARMUP) / (1 - WARMUP))
-        return FINAL_LEARNING_RATE + (1 - FINAL_LEARNING_RATE) * cosine
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-def compile_model(model: nn.Module, args: Namespace, runtime: Runtime) -> nn.Module:
-    """torch.compile, tried on one training step; the model itself where that fails."""
-    state = copy.deepcopy(model.state_dict())  # the trial moves the decoders' batch-norm statistics
-    images = torch.zeros((args.batch_size, 3, args.image_size, args.image_size), device=runtime.device)
-    try:
-        # reduce-overhead replays a step as one CUDA graph: at small batches the launches cost more than the arithmetic
-        compiled = torch.compile(model, mode="reduce-overhead" if runtime.device.type == "cuda" else "default")
-        with runtime.autocast():
-            compiled(images.contiguous(memory_format=torch.channels_last)).float().sum().backward()
-    except Exception as error:  # no compiler, no Triton, an operator without lowering: a dozen types, and none of them fatal
-        runtime.log(f"Compile     not possible here ({str(error).strip().splitlines()[0][:120]}); going on without")
-        compiled = model
-    model.zero_grad()
-    model.load_state_dict(state)
-    return compiled
+    folder, splits = data_folder(args), {}
+    paths = {name: dataset.list_composites(folder / name) for name in names}
+    needed, available = sum(map(len, paths.values())) * 4 * args.image_size**2, utils.available_memory()
+    fits = available is None or needed < MEMORY_SHARE * available
+    for name in names:
+        if name == "train" and len(paths[name]) < runtime.world_size:
+            raise SharedError(f"{folder / name} holds {len(paths[name])} composites for {runtime.world_size} "
+                              "processes; start fewer")
+        share = paths[name][runtime.rank :: runtime.world_size]
+        composites = dataset.CompositeDataset(share, args.image_size, args.num_classes,
+                                              resize_labels=name == "train")
+        split = splits[name] = Split(composites, args.num_workers)
+        with progress(f"Reading {name}", len(split), runtime) as bar:
+            problems = sum(runtime.gather(split.read(fits and not args.no_cache, bar)), [])
+        if problems:
+            others = f" (and {len(problems) - 1} other composites have problems)" if len(problems) > 1 else ""
+            raise SharedError(problems[0] + others)
+        split.class_pixels = sum(runtime.gather(split.class_pixels))
+        if not split.class_pixels[1:].any():
+            raise SharedError(f"{folder / name}: every pixel of its labels is {dataset.CLASSES[0].name}; are "
+                              "they labels in the colours of CLASSES in dataset.py?")
+    how = ("decoded in every step" if args.no_cache else f"{needed / 1e9:.2f} GB in memory" if fits
+           else f"decoded in every step, for {needed / 1e9:.2f} GB do not fit in memory")
+    counts = " and ".join(f"{len(paths[name]):,} {name}" for name in names)
+    runtime.log(f"Data        {counts} composites of {folder} at {args.image_size}x{args.image_size}, {how}")
+    return splits
 
 
-def build_class_weights(class_pixels: np.ndarray, args: Namespace, runtime: Runtime) -> Tensor:
-    """How much a pixel of each class counts in the training loss, float32 (num_classes,).
+def progress(what: str, total: int, runtime: Runtime) -> tqdm:
+    """A bar on rank 0."""
+    return utils.progress_bar(desc=what, total=total, unit="image", disable=runtime.rank > 0)
+
+
+def keep_features(trainer: "Trainer", splits: dict[str, Split], batch_size: int,
+                  earlier: list | None) -> list | None:
+    """Encode both splits once and keep the features, if possible as `earlier`, before a resume.
+
+    Returns [device, dtype] of the features, or None where they fit nowhere: the encoder runs in every step.
+    """
+    runtime, n_images = trainer.runtime, sum(map(len, splits.values()))
+    like = trainer.encode(splits["train"].images[:1])
+    needed, memory = n_images * sum(one.nbytes for one in like), utils.available_memory()
+    free = {"cpu": math.inf if memory is None else MEMORY_SHARE * memory / utils.local_share()}
+    if runtime.device.type == "cuda":
+        peak = trainer.trial_peak(like, batch_size)
+        free = {"cuda": MEMORY_SHARE * (torch.cuda.mem_get_info()[0] - peak)} | free
+    everywhere = runtime.gather(dataset.storage_options(needed, like[0].dtype, free))
+    options = [option for option in everywhere[0] if all(option in others for others in everywhere)]
+    total = sum(runtime.gather(needed))
+    if not options:
+        runtime.log(f"Features    {total / 1e9:.2f} GB fit nowhere: the encoder runs in every step")
+        return None
+    device, dtype = chosen = earlier if earlier in options else options[0]
+    kept = [one.to(runtime.device if device == "cuda" else "cpu", getattr(torch, dtype)) for one in like]
+    total = total * kept[0].itemsize // like[0].itemsize
+    where = f"{'GPU' if device == 'cuda' else 'host'} memory"
+    if device != next(iter(free)):
+        where += f", for the GPU has {free['cuda'] / 1e9:.2f} GB to spare"
+    if kept[0].dtype != like[0].dtype:
+        where += f", half of what {like[0].dtype} takes, which does not fit"
+    runtime.log(f"Features    {total / 1e9:.2f} GB as {dtype} in {where}")
+    with progress("Encoding", n_images, runtime) as bar:
+        for split in splits.values():
+            split.keep_features(trainer.encode, kept, bar)
+    return chosen
+
+
+# --- One step -----------------------------------------------------------------------------------------------
+
+
+def learning_rate_factor(progress: float) -> float:
+    """The learning rate in peaks, from the share of all steps that is done with this one, in 0..1.
+
+    It rises over the first WARMUP of the steps and then follows half a cosine down to FINAL_LEARNING_RATE: a
+    short run gains most from its low end, and needs no patience or milestones to tune.
+    """
+    if progress < WARMUP:
+        return progress / WARMUP
+    cosine = 0.5 + 0.5 * math.cos(math.pi * (progress - WARMUP) / (1 - WARMUP))
+    return FINAL_LEARNING_RATE + (1 - FINAL_LEARNING_RATE) * cosine
+
+
+class Trainer:
+    """A network and all that its training changes: optimizer, loss scaler, place in the schedule, figures.
 
     Args:
-        class_pixels: pixels of each class in the training labels, int64 (num_classes,).
+        network: on the runtime's device, with its weights; the same on every rank.
+        class_weights: float32 (n_classes,), what a pixel of each class counts in the loss.
+        learning_rate: the decoders' peak.
+        n_steps: of the whole run.
     """
-    if args.finetune_encoder:
-        weights = np.ones(args.num_classes)
-        weights[metrics.BACKGROUND] = FINETUNE_BACKGROUND_WEIGHT
-    else:
-        weights = class_pixels.clip(min=1) ** CLASS_WEIGHT_POWER
-        weights /= np.average(weights, weights=class_pixels)  # 1 on average, so that the loss keeps its scale
-    return torch.tensor(weights, dtype=torch.float32, device=runtime.device)
+
+    def __init__(self, network: models.EfficientSegNet, class_weights: Tensor, learning_rate: float,
+                 n_steps: int, runtime: Runtime) -> None:
+        self.network, self.runtime, self.n_steps, self.steps_done = network, runtime, n_steps, 0
+        self.class_weights = class_weights.to(runtime.device)
+        self.decode = network.decode
+        self.encoder = None if network.finetune_encoder else models.fold_batch_norms(network)
+        self.generator: torch.Generator | None = None  # of augmentation
+        self.figures = metrics.SegmentationMetrics(len(class_weights), runtime.device)
+        self.peaks, parameters = [learning_rate], [network.decoder_parameters()]
+        if network.finetune_encoder:
+            self.peaks.append(learning_rate * ENCODER_LEARNING_RATE)
+            parameters.append(network.encoder_parameters())
+        cuda = runtime.device.type == "cuda"
+        groups = [{"params": some, "lr": torch.tensor(0.0, device=runtime.device)} for some in parameters]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY, fused=True, capturable=cuda)
+        self.parameters = sum(parameters, [])
+        assert set(self.parameters) == {one for one in network.parameters() if one.requires_grad}
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp_dtype is torch.float16)
+        # Features in, no host in between: on one GPU a step can be one launch instead of hundreds.
+        self.update = CudaGraph(self._update, runtime) if cuda and runtime.world_size == 1 else self._update
+
+    @property
+    def learning_rate(self) -> float:
+        """The decoders', in the last step."""
+        return self.peaks[0] * learning_rate_factor(self.steps_done / self.n_steps)
+
+    def step(self, inputs: Tensor | Sequence[Tensor], labels: Tensor) -> None:
+        """One training step, whose figures are added to `self.figures`.
+
+        `inputs` are uint8 images (B, 3, S, S) or the encoder's five feature maps, `labels` uint8 (B, S, S).
+        """
+        self.steps_done += 1
+        factor = learning_rate_factor(self.steps_done / self.n_steps)
+        for group, peak in zip(self.optimizer.param_groups, self.peaks):
+            group["lr"].fill_(peak * factor)
+        if not isinstance(inputs, Tensor):
+            self.update(*inputs, labels)
+        elif self.encoder:
+            self.update(*self.encode(inputs), labels)
+        else:
+            if self.generator:
+                inputs, labels = dataset.augment(inputs, labels, self.generator)
+            with self.runtime.autocast():
+                features = self.network.encode(dataset.normalize(inputs))
+            self._update(*features, labels)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> list[Tensor]:
+        """Features of uint8 images (B, 3, S, S), outside autograd, on the device and in its precision."""
+        images = dataset.normalize(dataset.move(images, self.runtime.device))
+        with self.runtime.autocast():
+            return (self.encoder or self.network).encode(images)
+
+    def _update(self, *tensors: Tensor) -> None:
+        """What a step does once there are features: decode, loss, gradients, optimizer, figures."""
+        *features, labels = tensors
+        logits = decode_kept(self.decode, features, self.runtime)
+        loss, plain_loss, predictions = metrics.cross_entropy(logits, labels, self.class_weights)
+        self.scaler.scale(loss).backward()
+        self.average_gradients()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.figures.update(predictions, labels, plain_loss)
+
+    def average_gradients(self) -> None:
+        """Over all ranks, in one exchange."""
+        if self.runtime.world_size > 1:
+            gradients = [parameter.grad for parameter in self.parameters]
+            flat = torch.cat([one.flatten() for one in gradients])
+            dist.all_reduce(flat)
+            flat /= self.runtime.world_size
+            for one, part in zip(gradients, flat.split([one.numel() for one in gradients])):
+                one.copy_(part.view_as(one))
+
+    def trial_peak(self, like: Sequence[Tensor], batch_size: int) -> int:
+        """Bytes of GPU memory that a step takes beside what is there, tried on a copy of the network."""
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        twin = Trainer(copy.deepcopy(self.network), self.class_weights, 1.0, 1, self.runtime)
+        _, _, H, W = like[0].shape
+        labels = torch.zeros((batch_size, 4 * H, 4 * W), dtype=torch.uint8, device=self.runtime.device)
+        twin._update(*(one.expand(batch_size, -1, -1, -1) for one in like), labels)
+        peak = torch.cuda.max_memory_allocated() - before
+        torch.cuda.empty_cache()  # so that what is free can be read off the driver
+        return peak
+
+    def compile_decode(self, image_size: int, batch_size: int) -> None:
+        """torch.compile, tried on one pass; a line says if it is not possible."""
+        images = torch.zeros((batch_size, 3, image_size, image_size), dtype=torch.uint8)
+        features, state = self.encode(images), copy.deepcopy(self.network.state_dict())
+        try:
+            compiled = torch.compile(self.network.decode)
+            with self.runtime.autocast():
+                compiled(features).float().sum().backward()
+            self.decode = compiled
+        except Exception as error:  # no compiler, no Triton, an operator without lowering: none is fatal
+            reason = utils.first_line(error)
+            self.runtime.log(f"Compile     not possible here ({reason}); going on without")
+        self.optimizer.zero_grad(set_to_none=True)
+        self.network.load_state_dict(state)  # the trial moved the decoders' batch-norm statistics
+
+    def state_dict(self) -> dict:
+        """What last.pth keeps of it."""
+        return {"model": self.network.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state: dict, steps_done: int) -> None:
+        """Go on from a state_dict(), at this step of this run's schedule.
+
+        KeyError, TypeError or ValueError if the state is of another kind of run.
+        """
+        self.network.load_state_dict(state["model"])
+        own = [{key: group[key] for key in ("lr", "fused", "capturable")}
+               for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, kept in zip(self.optimizer.param_groups, own):
+            group.update(kept)  # of this device
+        if self.scaler.is_enabled() and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.steps_done = steps_done
 
 
-def train_one_epoch(network: nn.Module, loader: DataLoader, optimizer, scheduler, scaler, class_weights: Tensor,
-                    generator: torch.Generator | None, totals: metrics.SegmentationMetrics, bar: tqdm, runtime: Runtime) -> None:
-    """One pass over the loader, augmented if there is a generator, counted in `totals` (its loss without the class weights) and shown
-    by the bar.
+def decode_kept(decode: Callable, features: Sequence[Tensor], runtime: Runtime) -> Tensor:
+    """Logits of features, which a network in float32 may have kept as float16."""
+    if not runtime.amp_dtype:
+        features = [one.float() if one.dtype == torch.float16 else one for one in features]
+    with runtime.autocast():
+        return decode(features)
 
-    Raises:
-        UserError: the loss is no longer a finite number.
+
+class CudaGraph:
+    """A function of tensors whose shapes never change, replayed as one CUDA graph after its first calls.
+
+    What it changes elsewhere (weights, optimizer state, figures) it changes in place. Where it cannot be
+    captured it is called as it is, and a line says so.
     """
-    network.train()
-    losses = torch.zeros(len(loader), device=runtime.device)
+
+    def __init__(self, function: Callable[..., None], runtime: Runtime) -> None:
+        self.function, self.runtime, self.calls, self.graph, self.static = function, runtime, 0, None, ()
+        self.stream = torch.cuda.Stream()
+
+    def __call__(self, *tensors: Tensor) -> None:
+        self.calls += 1
+        if self.calls == GRAPH_WARMUP + 1:
+            self.capture(tensors)
+        if self.graph:
+            for static, tensor in zip(self.static, tensors):
+                static.copy_(tensor)
+            self.graph.replay()
+        else:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):  # a capture is warmed up on another stream than the default
+                self.function(*tensors)
+            torch.cuda.current_stream().wait_stream(self.stream)
+
+    def capture(self, tensors: Sequence[Tensor]) -> None:
+        """Record the function; nothing is computed yet."""
+        graph, self.static = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in tensors]
+        try:
+            with torch.cuda.graph(graph):
+                self.function(*self.static)
+            self.graph = graph
+        except RuntimeError as error:
+            reason = utils.first_line(error)
+            self.runtime.log(f"CUDA graph  not possible here ({reason}); going on without")
+
+
+# --- What a run leaves --------------------------------------------------------------------------------------
+
+
+def describe_run(args: Namespace, runtime: Runtime) -> dict:
+    """What checkpoints and config.json say beside the weights, in plain types. DatasetError without val/."""
+    settings = {name: getattr(args, name) for name in RECIPE}
+    classes = dataset.CLASSES[: args.num_classes]
+    scored = dataset.list_composites(data_folder(args) / "val")
+    return {
+        "n_classes": args.num_classes,
+        "image_size": args.image_size,
+        "class_names": [entry.name for entry in classes],
+        "class_colors": [list(entry.color) for entry in classes],
+        "mean": list(dataset.MEAN),
+        "std": list(dataset.STD),
+        "settings": settings | {"data_dir": str(args.data_dir)},
+        "scored_on": {path.name: path.stat().st_size for path in scored},
+        "features": None,  # [device, dtype] where they are kept
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
+                     "torchvision": torchvision.__version__},
+        "runtime": str(runtime),
+        "world_size": runtime.world_size,
+    }
+
+
+@contextlib.contextmanager
+def claimed_folder(args: Namespace, config: dict, continues: bool) -> Iterator[Path]:
+    """The run's folder, which belongs to this process while the context lasts.
+
+    A run that ends before its first epoch removes what it wrote. UserError if another run lives there or
+    nothing can be written there.
+    """
+    own = args.resume.parent if continues else None
+    folder = args.output_dir or own
+    made = not (folder and folder.exists())
+    if not folder:
+        folder = utils.make_new_dir(Path("runs", datetime.now().strftime("%Y-%m-%d_%H-%M-%S")))
+    temporaries = f".*{utils.TEMPORARY_SUFFIX}"
+    with utils.locked_dir(folder, "--output_dir"):
+        present = [name for name in RUN_FILES if (folder / name).exists()]
+        is_own = own and folder.resolve() == own.resolve()
+        if present and not is_own and not (present == ["config.json"] and was_abandoned(folder)):
+            remedy = (f"go on with it: --resume {folder / 'last.pth'}" if "last.pth" in present
+                      else "remove that file")
+            raise UserError(f"--output_dir {folder} holds a run already ({present[0]}); "
+                            f"choose another folder, or {remedy}")
+        try:
+            utils.remove(folder.glob(temporaries))  # of a process that was killed
+            content = (json.dumps(config, indent=2) + "\n").encode()
+            utils.write_file(folder / "config.json", content, exclusive=not present)
+            yield folder
+        except KeyboardInterrupt as interrupt:
+            if (folder / "last.pth").exists():
+                interrupt.add_note(f"go on with: python train.py --resume {folder / 'last.pth'}")
+            raise
+        finally:
+            if not (folder / "last.pth").exists():
+                utils.remove([*(folder / name for name in RUN_FILES), *folder.glob(temporaries)])
+                if made:
+                    with contextlib.suppress(OSError):
+                        folder.rmdir()
+
+
+def was_abandoned(folder: Path) -> bool:
+    """Whether a config.json is one of ours; alone, it was left by a run that was killed in its first epoch."""
+    try:
+        return "scored_on" in json.loads((folder / "config.json").read_bytes())
+    except (OSError, TypeError, ValueError):
+        return False
+
+
+class Run:
+    """One run's claimed folder and what the run has reached; on ranks other than 0 it writes nothing."""
+
+    def __init__(self, folder: Path | None, config: dict, runtime: Runtime) -> None:
+        self.folder, self.config, self.runtime = folder, config, runtime
+        self.history: list[dict] = []
+        self.best = {"epoch": 0, "dice": -1.0, "model": {}}
+
+    def restore(self, checkpoint: dict) -> None:
+        """Take over what a last.pth says of the epochs before."""
+        self.history = checkpoint["history"]
+        scored = ("scored_on", "class_names", "class_colors")
+        if any(checkpoint["config"][key] != self.config[key] for key in scored):
+            self.runtime.log("Resume      on other validation composites: the best epoch is sought anew")
+            return
+        best = checkpoint["best"]
+        self.best = {"epoch": best["epoch"], "dice": checkpoint["best_dice"],
+                     "model": checkpoint["model"] | best["model"]}
+        self.write_best()
+
+    def save_epoch(self, trainer: Trainer, row: dict) -> bool:
+        """Write what an epoch leaves, the pictures last, and return whether it is the best so far.
+
+        best.pth goes before last.pth: after a kill between them the epoch is done again.
+        """
+        self.history.append(row)
+        state = trainer.state_dict()
+        is_best = row["val_dice"] > self.best["dice"]
+        if is_best:
+            copied = {key: value.detach().cpu().clone() for key, value in state["model"].items()}
+            self.best = {"epoch": row["epoch"], "dice": row["val_dice"], "model": copied}
+            self.write_best()
+        if self.runtime.rank == 0:
+            differing = {key: value for key, value in self.best["model"].items()
+                         if not torch.equal(value, state["model"][key].cpu())}
+            utils.write_checkpoint(self.folder / "last.pth", state | {
+                "epoch": row["epoch"], "best_dice": self.best["dice"], "history": self.history,
+                "config": self.config, "best": {"epoch": self.best["epoch"], "model": differing}})
+            self.show(utils.write_csv, "history.csv", self.history)
+            curves = utils.plot_curves(self.history, self.config["image_size"])
+            self.show(utils.save_figure, "curves.png", curves)
+        return is_best
+
+    def write_best(self) -> None:
+        if self.runtime.rank == 0:
+            utils.write_checkpoint(self.folder / "best.pth", {
+                "model": self.best["model"], "epoch": self.best["epoch"], "best_dice": self.best["dice"],
+                "config": self.config})
+
+    def show(self, write: Callable, name: str, content: object) -> None:
+        """Write a file that is for looking at: if that fails, a line says so and the run goes on."""
+        try:
+            write(self.folder / name, content)
+        except UserError as error:
+            utils.say(f"warning: {error}; the run goes on", "stderr")
+
+
+# --- Epochs -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run goes through its data; the same on every rank."""
+
+    num_epochs: int
+    batch_size: int
+    steps: int  # an epoch, as many as the smallest share of the data has batches
+    seed: int
+
+    @classmethod
+    def make(cls, args: Namespace, n_images: int, runtime: Runtime) -> "Plan":
+        """For so many training images in all; a batch is no larger than a rank's share."""
+        smallest = n_images // runtime.world_size
+        batch_size = min(args.batch_size, smallest)
+        return cls(args.num_epochs, batch_size, smallest // batch_size, args.seed)
+
+    def generator_seed(self, epoch: int, rank: int) -> int:
+        """The same for an epoch that a run reaches in one go or resumed."""
+        return int(np.random.SeedSequence((self.seed, epoch, rank)).generate_state(1, np.uint64)[0] >> 1)
+
+    def batches(self, n_images: int, epoch: int, rank: int) -> list[list[int]]:
+        """The indices of each batch of an epoch; those left over are others in each epoch."""
+        generator = torch.Generator().manual_seed(self.generator_seed(epoch, rank))
+        order = torch.randperm(n_images, generator=generator).tolist()
+        return list(BatchSampler(order, self.batch_size, drop_last=True))[: self.steps]
+
+
+def fit(trainer: Trainer, plan: Plan, splits: dict[str, Split], run: Run) -> None:
+    """Train, and after each epoch score, save and then draw."""
+    runtime, network = trainer.runtime, trainer.network
+    images_per_epoch = plan.steps * plan.batch_size * runtime.world_size
+    started, first_epoch = time.monotonic(), len(run.history) + 1
+    for epoch in range(first_epoch, plan.num_epochs + 1):
+        epoch_started = time.monotonic()
+        if network.finetune_encoder:
+            seed = plan.generator_seed(epoch, runtime.rank)
+            trainer.generator = torch.Generator(runtime.device).manual_seed(seed)
+        order = plan.batches(len(splits["train"]), epoch, runtime.rank)
+        with progress(f"Epoch {epoch}/{plan.num_epochs}", images_per_epoch, runtime) as bar:
+            train = train_one_epoch(trainer, splits["train"].batches(order, runtime.device), epoch, bar)
+        train_seconds = time.monotonic() - epoch_started
+        share_weights(network, runtime)  # batch-norm statistics differ between ranks; rank 0's count
+        val = evaluate(models.fold_batch_norms(network), splits["val"], runtime).compute()
+        check_loss(val["loss"], "validation loss", epoch, trainer)
+        row = {"epoch": epoch, "learning_rate": trainer.learning_rate, "train_loss": train["loss"],
+               "train_dice": train["dice"], "val_loss": val["loss"], "val_dice": val["dice"],
+               "val_mean_dice": val["mean_dice"], "val_mean_iou": val["mean_iou"],
+               "seconds": time.monotonic() - epoch_started,
+               "images_per_second": images_per_epoch / train_seconds}
+        is_best = run.save_epoch(trainer, row)
+        left = (time.monotonic() - started) / (epoch - first_epoch + 1) * (plan.num_epochs - epoch)
+        runtime.log(format_epoch(row, plan.num_epochs, is_best, left))
+
+
+def train_one_epoch(trainer: Trainer, batches: Iterator[tuple], epoch: int, bar: tqdm) -> dict[str, float]:
+    """One pass over the batches, shown by the bar; the figures over all ranks. UserError as in check_loss."""
+    trainer.network.train()
+    trainer.figures.reset()
     shown = time.monotonic()
-    for step, batch in enumerate(loader):
-        images, labels = dataset.split_batch(batch.to(runtime.device, non_blocking=True))
-        images = dataset.normalize(images)
-        if generator:
-            images, labels = dataset.augment(images, labels, generator)
-        with runtime.autocast():
-            logits = network(images)
-        pixel_losses = metrics.cross_entropy(logits, labels, reduction="none")
-        scaler.scale((class_weights[labels.long()] * pixel_losses).mean()).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        scheduler.step()
-        optimizer.zero_grad(set_to_none=True)
-        loss = losses[step] = pixel_losses.detach().mean()
-        totals.update(logits.argmax(1), labels, loss)
-
-        bar.update(len(images) * runtime.world_size)
-        if time.monotonic() - shown > BAR_SECONDS or step + 1 == len(loader):
-            check_losses(losses[: step + 1], scheduler)  # the host waits for the device here, and nowhere else
-            figures = totals.compute()
+    for inputs, labels in batches:
+        trainer.step(inputs, labels)
+        bar.update(len(labels) * trainer.runtime.world_size)
+        if time.monotonic() - shown > BAR_SECONDS:  # the host waits for the device here, and nowhere else
+            figures = trainer.figures.compute()
+            if trainer.runtime.world_size == 1:  # several ranks check together, at the epoch's end
+                check_loss(figures["loss"], "loss", epoch, trainer)
             bar.set_postfix(loss=f"{figures['loss']:.3f}", dice=f"{figures['dice']:.3f}")
             shown = time.monotonic()
+    trainer.figures.all_reduce()
+    figures = trainer.figures.compute()
+    check_loss(figures["loss"], "loss", epoch, trainer)
+    return figures
 
 
-def check_losses(losses: Tensor, scheduler) -> None:
-    """UserError with the first step whose loss is infinite or not a number."""
-    bad = (~losses.isfinite()).nonzero()
-    if len(bad):
-        step = bad[0].item()
-        raise UserError(f"the loss became {losses[step].item()} at step {step + 1} of the epoch (learning rate now "
-                        f"{scheduler.get_last_lr()[0]:.2g}); try a tenth of --learning_rate, or --amp off. "
-                        "The checkpoints of the epochs before are kept")
+def check_loss(loss: float, what: str, epoch: int, trainer: Trainer) -> None:
+    """SharedError if a loss, the same on all ranks, is infinite or not a number."""
+    if not math.isfinite(loss):
+        kept = ". The checkpoints of the epochs before are kept" if epoch > 1 else ""
+        raise SharedError(f"the {what} became {loss} in epoch {epoch}, at step {trainer.steps_done} of the run "
+                          f"or before (learning rate {trainer.learning_rate:.2g}); try a tenth of "
+                          f"--learning_rate, or --amp off{kept}")
 
 
 @torch.inference_mode()
-def evaluate(network: nn.Module, loader: DataLoader, n_classes: int, runtime: Runtime) -> metrics.SegmentationMetrics:
-    """The confusion matrix and loss of a split, each image counted once, summed over the ranks."""
-    network.eval()
+def evaluate(network: nn.Module, split: Split, runtime: Runtime,
+             flip: bool = False) -> metrics.SegmentationMetrics:
+    """The confusion matrix and loss of a split at its composites' own size, each image once, over all ranks.
+
+    The network is as fold_batch_norms returns it; `flip` averages the logits with those of the mirrored
+    images, which must not be kept as features.
+    """
+    n_classes = network.out.out_channels
     totals = metrics.SegmentationMetrics(n_classes, runtime.device)
-    for batch in loader:
-        images, labels = dataset.split_batch(batch.to(runtime.device, non_blocking=True))
-        with runtime.autocast():
-            logits = network(dataset.normalize(images))
-        totals.update(logits.argmax(1), labels, metrics.cross_entropy(logits, labels))
+    alike = torch.ones(n_classes, device=runtime.device)
+    order = BatchSampler(range(len(split)), EVALUATION_BATCH[runtime.device.type], drop_last=False)
+    for inputs, labels in split.batches(order, runtime.device):
+        logits = compute_logits(network, inputs, runtime)
+        if flip:
+            logits = (logits + compute_logits(network, inputs.flip(3), runtime).flip(3)) / 2
+        if isinstance(labels, Tensor) and labels.shape[1:] == logits.shape[2:]:
+            _, loss, predictions = metrics.cross_entropy(logits, labels, alike)
+            totals.update(predictions, labels, loss)
+        else:  # image by image, so that memory does not grow with the size of the labels
+            for one, label in zip(logits, labels):
+                predictions, loss = metrics.score_stretched(one, label.shape, label)
+                totals.update(predictions, label, loss)
     totals.all_reduce()
     return totals
 
 
-def describe_run(args: Namespace) -> dict:
-    """What a checkpoint and config.json say beside the weights: plain types only."""
-    return {
-        "n_classes": args.num_classes,
-        "image_size": args.image_size,
-        "class_names": [entry.name for entry in dataset.CLASSES[: args.num_classes]],
-        "class_colors": [list(entry.color) for entry in dataset.CLASSES[: args.num_classes]],
-        "mean": list(dataset.MEAN),
-        "std": list(dataset.STD),
-        "settings": {name: value if isinstance(value := getattr(args, name), (bool, int, float)) else str(value) for name in RECIPE},
-        "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "torchvision": torchvision.__version__},
-    }
+def compute_logits(network: nn.Module, inputs: Tensor | Sequence[Tensor], runtime: Runtime) -> Tensor:
+    """Logits float32 (B, n_classes, S, S) of uint8 images (B, 3, S, S), or of features as they are kept."""
+    if not isinstance(inputs, Tensor):
+        return decode_kept(network.decode, inputs, runtime).float()
+    with runtime.autocast():
+        return network(dataset.normalize(inputs)).float()
 
 
-def restore(checkpoint: dict, optimizer, scheduler, scaler, steps_per_epoch: int, args: Namespace) -> None:
-    """Bring optimizer, schedule and scaler to where the checkpoint's run was.
-
-    The schedule's place is counted in epochs: with another number of processes an epoch has another number of steps.
-    """
-    try:
-        peaks = scheduler.base_lrs
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scheduler.load_state_dict(checkpoint["scheduler"])
-        scheduler.base_lrs, scheduler.last_epoch = peaks, checkpoint["epoch"] * steps_per_epoch
-        for group, peak, factor in zip(optimizer.param_groups, peaks, scheduler.lr_lambdas):
-            group["lr"] = peak * factor(scheduler.last_epoch)
-        scaler.load_state_dict(checkpoint["scaler"] if checkpoint["scaler"] and scaler.is_enabled() else scaler.state_dict())
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"--resume {args.resume}: its optimizer does not fit this run ({error}); leave the recipe's flags out, "
-                        "--finetune_encoder above all, or pass a last.pth") from error
-    if checkpoint["epoch"] >= args.num_epochs and all((args.output_dir / name).exists() for name in RUN_FILES):
-        raise UserError(f"--resume {args.resume}: the run has finished its {checkpoint['epoch']} epochs; pass --num_epochs "
-                        f"{checkpoint['epoch'] + 10}, say, to go on")
-
-
-def fit(model: models.EfficientSegNet, data: dict, checkpoint: dict | None, args: Namespace, runtime: Runtime) -> None:
-    """Train, and after each epoch score, save and then draw; at the end report on the best epoch."""
-    # DistributedSampler adds the epoch to its seed; the factor keeps (seed 0, epoch 1) and (seed 1, epoch 0) apart.
-    sampler = DistributedSampler(data["train"], runtime.world_size, runtime.rank, seed=args.seed * 1_000_003)
-    # A left-over batch of one image would disturb the batch-norm statistics, and a compiled network would compile twice.
-    loader = make_loader(data["train"], args.batch_size, sampler, args, runtime, drop_last=len(sampler) > args.batch_size)
-    val_loader = make_val_loader(data["val"], args, runtime)
-    optimizer, scheduler = build_optimizer(model, args, args.num_epochs * len(loader))
-    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp_dtype is torch.float16)
-    class_weights = build_class_weights(data["train"].class_pixels, args, runtime)
-    history, best_dice = [], -1.0
-    if checkpoint and "optimizer" in checkpoint:
-        restore(checkpoint, optimizer, scheduler, scaler, len(loader), args)
-        history, best_dice = checkpoint["history"], checkpoint["best_dice"]
-    share_weights(model, runtime)
-    model.fold_encoder()
-    network = compiled = compile_model(model, args, runtime) if args.compile else model
-    if runtime.world_size > 1:
-        network = DistributedDataParallel(compiled, broadcast_buffers=False)
-
-    config = describe_run(args)
-    if runtime.rank == 0:
-        utils.write_json(args.output_dir / "config.json", config | {"runtime": str(runtime), "world_size": runtime.world_size})
-    log_plan(model, len(loader), args, runtime)
-
-    images_per_epoch = min(len(loader) * args.batch_size, len(sampler)) * runtime.world_size  # one short batch if there is but one
-    started, first_epoch = time.monotonic(), len(history) + 1
-    for epoch in range(first_epoch, args.num_epochs + 1):
-        epoch_started = time.monotonic()
-        sampler.set_epoch(epoch)
-        seed = np.random.SeedSequence((args.seed, epoch, runtime.rank)).generate_state(1, np.uint64)[0] >> 1
-        # With a frozen encoder augmentation only costs: flips 0.005 dice, with brightness and contrast 0.010, in runs at 128x128.
-        generator = torch.Generator(runtime.device).manual_seed(int(seed)) if args.finetune_encoder else None
-        totals = metrics.SegmentationMetrics(args.num_classes, runtime.device)
-        with tqdm(total=images_per_epoch, desc=f"Epoch {epoch}/{args.num_epochs}", unit="image",
-                  leave=False, disable=None if runtime.rank == 0 else True) as bar:
-            train_one_epoch(network, loader, optimizer, scheduler, scaler, class_weights, generator, totals, bar, runtime)
-        train_seconds = time.monotonic() - epoch_started
-        totals.all_reduce()
-        share_weights(model, runtime)  # batch-norm statistics differ between the ranks; rank 0's are saved and scored
-        train_figures = totals.compute()
-        val_figures = evaluate(compiled, val_loader, args.num_classes, runtime).compute()
-        if not math.isfinite(val_figures["loss"]):
-            raise UserError(f"the validation loss became {val_figures['loss']} in epoch {epoch}; try a tenth of --learning_rate, or "
-                            "--amp off. The checkpoints of the epochs before are kept")
-        history.append(history_row(epoch, scheduler.get_last_lr()[0], train_figures, val_figures, time.monotonic() - epoch_started,
-                                   images_per_epoch / train_seconds))
-        is_best = val_figures["dice"] > best_dice
-        best_dice = max(best_dice, val_figures["dice"])
-        if runtime.rank == 0:
-            checkpoint = {"model": model.state_dict(), "epoch": epoch, "best_dice": best_dice, "config": config}
-            progress = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "scaler": scaler.state_dict(),
-                        "history": history}
-            save_epoch(args.output_dir, checkpoint, progress, is_best)
-        left = (time.monotonic() - started) / (epoch - first_epoch + 1) * (args.num_epochs - epoch)
-        runtime.log(format_epoch(history[-1], args.num_epochs, is_best, left))
-
-    report_best(model, compiled, data["val"], val_loader, args, runtime)
-
-
-def history_row(epoch: int, learning_rate: float, train: dict, val: dict, seconds: float, images_per_second: float) -> dict:
-    """A row of history.csv from an epoch's figures on both splits."""
-    return {
-        "epoch": epoch, "learning_rate": learning_rate, "train_loss": train["loss"], "train_dice": train["dice"], "val_loss": val["loss"],
-        "val_dice": val["dice"], "val_mean_dice": val["mean_dice"], "val_mean_iou": val["mean_iou"], "seconds": seconds,
-        "images_per_second": images_per_second,
-    }
-
-
-def log_plan(model: models.EfficientSegNet, n_steps: int, args: Namespace, runtime: Runtime) -> None:
-    """What the run is about to do, in three lines, and the head of the table of epochs."""
-    n_trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    n_frozen = sum(parameter.numel() for parameter in model.parameters()) - n_trainable
-    runtime.log(f"Model       {n_trainable:,} trainable and {n_frozen:,} frozen parameters, encoder weights: {args.encoder_weights}")
-    runtime.log(f"Training    {args.num_epochs} epochs of {n_steps} steps, {args.batch_size} x {runtime.world_size} = "
-                f"{args.batch_size * runtime.world_size} images a step, learning rate up to {args.learning_rate:g}, seed {args.seed}")
-    runtime.log(f"Output      {args.output_dir}\n\n{EPOCH_HEADER}")
-
-
-def report_best(model: models.EfficientSegNet, compiled: nn.Module, val: dataset.CompositeDataset, val_loader: DataLoader,
-                args: Namespace, runtime: Runtime) -> None:
-    """Score best.pth, print its table per class, and write what shows how it does; all ranks take part."""
-    if runtime.rank == 0:
-        best = models.load_checkpoint(args.output_dir / "best.pth")
-        model.load_state_dict(best["model"])
-        runtime.log(f"\nbest.pth, of epoch {best['epoch']}, on {args.data_dir / 'val'}:")
-    share_weights(model, runtime)
-    totals = evaluate(compiled, val_loader, args.num_classes, runtime)
-    if runtime.rank == 0:
-        rows = log_scores(totals, args, runtime)
-        utils.write_csv(args.output_dir / "per_class.csv", rows)
-        draw_results(model, val, totals, args, runtime)  # a compiled one would compile again for this batch size
-        runtime.log("\nWritten:\n" + "\n".join(f"  {args.output_dir / name}" for name in RUN_FILES))
-
-
-def save_epoch(output_dir: Path, checkpoint: dict, progress: dict, is_best: bool) -> None:
-    """Write what an epoch leaves, the picture last. best.pth goes before last.pth: after a kill between them the epoch is done again."""
-    if is_best:
-        utils.write_checkpoint(output_dir / "best.pth", checkpoint)
-    utils.write_checkpoint(output_dir / "last.pth", checkpoint | progress)
-    utils.write_csv(output_dir / "history.csv", progress["history"])
-    utils.plot_curves(progress["history"], output_dir / "curves.png")
-
-
-def share_weights(model: nn.Module, runtime: Runtime) -> None:
-    """Give every rank rank 0's parameters and batch-norm statistics."""
-    if runtime.world_size > 1:
-        for tensor in model.state_dict().values():
-            dist.broadcast(tensor, src=0)
-
-
-EPOCH_HEADER = "  epoch  learning rate  train loss   dice   val loss   dice  mean dice  mean IoU  images/s   time   left"
+EPOCH_HEADER = ("  epoch  learning rate  train loss   dice   val loss   dice  mean dice  mean IoU  images/s"
+                "   time   left")
 
 
 def format_epoch(row: dict, num_epochs: int, is_best: bool, left: float) -> str:
     """One aligned line an epoch under EPOCH_HEADER; a star marks the best epoch so far."""
-    seconds, left = (str(timedelta(seconds=round(value))).removeprefix("0:") for value in (row["seconds"], left))
-    return (f"{row['epoch']:>3}/{num_epochs:<3}  {row['learning_rate']:>12.2e}  {row['train_loss']:>10.4f} {row['train_dice']:>6.4f}"
-            f"  {row['val_loss']:>9.4f} {row['val_dice']:>6.4f}{'*' if is_best else ' '} {row['val_mean_dice']:>9.4f}"
-            f"  {row['val_mean_iou']:>8.4f}  {row['images_per_second']:>8.1f}  {seconds:>5}  {left:>5}")
+    seconds, left = (str(timedelta(seconds=round(value))).removeprefix("0:")
+                     for value in (row["seconds"], left))
+    return (f"{row['epoch']:>3}/{num_epochs:<3}  {row['learning_rate']:>12.2e}  {row['train_loss']:>10.4f} "
+            f"{row['train_dice']:>6.4f}  {row['val_loss']:>9.4f} {row['val_dice']:>6.4f}"
+            f"{'*' if is_best else ' '} {row['val_mean_dice']:>9.4f}  {row['val_mean_iou']:>8.4f}  "
+            f"{row['images_per_second']:>8.1f}  {seconds:>5}  {left:>5}")
 
 
-def log_scores(totals: metrics.SegmentationMetrics, args: Namespace, runtime: Runtime) -> list[dict]:
-    """Print the figures of a split, per class and together, and return the rows of per_class.csv."""
-    per_class = {name: values.tolist() for name, values in totals.per_class().items()}
-    n_pixels = sum(per_class["pixels"])
-    rows = []
-    runtime.log("class            dice     iou  accuracy  share of pixels")
-    for i, entry in enumerate(dataset.CLASSES[: args.num_classes]):
-        row = {name: values[i] for name, values in per_class.items()}
-        rows.append({"class": entry.name, **row, "pixels": int(row["pixels"])})
-        dice, iou, accuracy = (f"{row[name]:.4f}" if math.isfinite(row[name]) else "-" for name in ("dice", "iou", "accuracy"))
-        runtime.log(f"{entry.name:<14} {dice:>6}  {iou:>6}  {accuracy:>8}  {row['pixels'] / n_pixels:>15.2%}")
-    runtime.log("\n" + "  ".join(f"{name} {value:.4f}" for name, value in totals.compute().items()))
-    return rows
-
-
-def draw_results(model: nn.Module, val: dataset.CompositeDataset, totals: metrics.SegmentationMetrics, args: Namespace,
-                 runtime: Runtime) -> None:
-    """confusion_matrix.png, and predictions.png of a few samples spread over val/."""
-    names = [entry.name for entry in dataset.CLASSES[: args.num_classes]]
-    utils.plot_confusion_matrix(totals.confusion.cpu().numpy(), names, args.output_dir / "confusion_matrix.png")
-    samples = np.linspace(0, len(val) - 1, min(PREDICTION_SAMPLES, len(val))).round().astype(int).tolist()
-    images, labels = dataset.split_batch(val.__getitems__(samples))
-    with torch.inference_mode(), runtime.autocast():
-        predictions = model(dataset.normalize(images.to(runtime.device))).argmax(1).cpu()
-    utils.plot_predictions(images.permute(0, 2, 3, 1).numpy(), labels.numpy(), predictions.numpy(), names, dataset.PALETTE,
-                           args.output_dir / "predictions.png")
-
-
-@contextlib.contextmanager
-def interruptible(args: Namespace, runtime: Runtime) -> Iterator[None]:
-    """End an interrupted run with the line that tells how to go on, and one without device memory with a smaller batch."""
-    def stop(signal_number: int, frame) -> None:
-        raise KeyboardInterrupt(signal.Signals(signal_number).name)
-
-    previous = signal.signal(signal.SIGTERM, stop)
+def report_best(trainer: Trainer, val: Split, run: Run) -> None:
+    """Score the best epoch, print its table per class, and draw how it does; all ranks take part."""
+    trainer.network.load_state_dict(run.best["model"] or trainer.network.state_dict())
+    network = models.fold_batch_norms(trainer.network)
+    totals = evaluate(network, val, trainer.runtime)
+    if trainer.runtime.rank > 0:
+        return
+    names = run.config["class_names"]
+    utils.say(f"\nbest.pth, of epoch {run.best['epoch']}, on val/:\n{totals.table(names)}")
+    run.show(utils.write_csv, "per_class.csv", totals.rows(names))
+    run.show(utils.save_figure, "confusion_matrix.png", totals.plot(names))
     try:
-        yield
-    except KeyboardInterrupt as interrupt:
-        last = args.output_dir / "last.pth"
-        remedy = f"go on with: python train.py --resume {last}" if last.exists() else "no epoch was finished, so start again"
-        if runtime.rank == 0:
-            print(f"\nstopped by {interrupt.args[0] if interrupt.args else 'SIGINT'}; {remedy}", file=sys.stderr)
-        raise SystemExit(128 + (signal.SIGTERM if interrupt.args else signal.SIGINT)) from interrupt
-    except torch.OutOfMemoryError as error:
-        remedy = f"--batch_size {args.batch_size // 2}" if args.batch_size > 1 else f"--image_size {args.image_size // 64 * 32}"
-        raise UserError(f"{runtime.device} ran out of memory at --batch_size {args.batch_size}, --image_size {args.image_size}; "
-                        f"try {remedy}") from error
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+        samples = predict_samples(network, val, trainer.runtime)
+        figure = utils.plot_predictions(samples, names, dataset.project_decoder().colors)
+        run.show(utils.save_figure, "predictions.png", figure)
+    except dataset.DatasetError as error:
+        utils.say(f"warning: no predictions.png: {error}", "stderr")
+    utils.say("\nWritten:\n" + "\n".join(f"  {run.folder / name}" for name in RUN_FILES))
 
 
-def claim_output_dir(args: Namespace, resumed: bool) -> None:
-    """Make the run's folder; UserError if another run lives there."""
-    found = [name for name in RUN_FILES if (args.output_dir / name).exists()]
-    if found and not resumed:
-        raise UserError(f"--output_dir {args.output_dir} holds a run already ({found[0]}); choose another folder, or go on with it: "
-                        f"--resume {args.output_dir / 'last.pth'}")
-    utils.make_dir(args.output_dir, "--output_dir")
+def predict_samples(network: nn.Module, val: Split, runtime: Runtime) -> list[tuple]:
+    """(image, label, predictions) of a few samples spread over a split, read from disk once more."""
+    indices = np.linspace(0, len(val) - 1, min(PREDICTION_SAMPLES, len(val))).round().astype(int)
+    images, labels, problems = val.composites[indices.tolist()]
+    if problems:
+        raise dataset.DatasetError(problems[0])
+    with torch.inference_mode():
+        logits = compute_logits(network, images.to(runtime.device), runtime)
+    predictions = [metrics.score_stretched(one, label.shape)[0] for one, label in zip(logits, labels)]
+    return [(image.permute(1, 2, 0).numpy(), label.numpy(), predicted.cpu().numpy())
+            for image, label, predicted in zip(images, labels, predictions)]
 
 
-def main(argv: list[str] | None = None) -> None:
+# --- A whole run --------------------------------------------------------------------------------------------
+
+
+def build_network(args: Namespace, checkpoint: dict | None, runtime: Runtime) -> models.EfficientSegNet:
+    """The network on its device, from a checkpoint or with random decoders, alike on all ranks."""
+    torch.manual_seed(args.seed)
+    if checkpoint:
+        network = models.model_from_checkpoint(checkpoint, args.resume or args.evaluate,
+                                               finetune_encoder=args.finetune_encoder)
+    else:
+        build = partial(models.EfficientSegNet, args.num_classes, finetune_encoder=args.finetune_encoder)
+        weights = args.encoder_weights if runtime.rank == 0 else "none"  # rank 0 alone downloads
+        try:
+            network = build(weights)
+        except models.WeightsError as error:
+            if not (args.demo and weights == "imagenet"):
+                raise
+            runtime.log(f"Demo        goes on with random encoder weights: {error}")
+            args.encoder_weights = "none"
+            network = build("none")
+    network.to(runtime.device, memory_format=torch.channels_last)
+    share_weights(network, runtime)
+    return network
+
+
+def share_weights(network: nn.Module, runtime: Runtime) -> None:
+    """Give every rank rank 0's parameters and batch-norm statistics."""
+    if runtime.world_size > 1:
+        for tensor in network.state_dict().values():
+            dist.broadcast(tensor, src=0)
+
+
+def build_class_weights(class_pixels: Tensor, finetune_encoder: bool) -> Tensor:
+    """What a pixel of each class counts in the training loss, float32 (n_classes,)."""
+    if finetune_encoder:
+        weights = torch.ones(len(class_pixels))
+        weights[metrics.BACKGROUND] = FINETUNE_BACKGROUND_WEIGHT
+        return weights
+    weights = class_pixels.clip(min=1).double() ** CLASS_WEIGHT_POWER
+    return (weights * class_pixels.sum() / (weights * class_pixels).sum()).float()  # 1 on average over pixels
+
+
+def train_network(network: models.EfficientSegNet, run: Run, checkpoint: dict | None,
+                  args: Namespace) -> None:
+    """From the data to the report; `checkpoint` is one that this run continues."""
+    runtime = run.runtime
+    splits = load_splits(("train", "val"), args, runtime)
+    plan = Plan.make(args, sum(runtime.gather(len(splits["train"]))), runtime)
+    class_weights = build_class_weights(splits["train"].class_pixels, args.finetune_encoder)
+    trainer = Trainer(network, class_weights, args.learning_rate, plan.num_epochs * plan.steps, runtime)
+    if checkpoint:
+        try:
+            trainer.load_state_dict(checkpoint, checkpoint["epoch"] * plan.steps)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"--resume {args.resume}: its optimizer does not fit this run ({error}); leave "
+                            "the recipe's flags out, --finetune_encoder above all, or pass a best.pth to "
+                            "start anew") from error
+        run.restore(checkpoint)
+    if splits["train"].images is not None and not args.finetune_encoder:
+        earlier = checkpoint["config"]["features"] if checkpoint else None
+        run.config["features"] = keep_features(trainer, splits, plan.batch_size, earlier)
+        if earlier and run.config["features"] != earlier:
+            runtime.log("Resume      features were kept otherwise before: the last bits will differ")
+    if args.compile:
+        trainer.compile_decode(args.image_size, plan.batch_size)
+    n_trainable = sum(parameter.numel() for parameter in trainer.parameters)
+    n_frozen = sum(parameter.numel() for parameter in network.parameters()) - n_trainable
+    runtime.log(f"Model       {n_trainable:,} trainable and {n_frozen:,} frozen parameters, encoder weights: "
+                f"{args.encoder_weights}")
+    runtime.log(f"Training    {plan.num_epochs} epochs of {plan.steps} steps, {plan.batch_size} x "
+                f"{runtime.world_size} = {plan.batch_size * runtime.world_size} images a step, "
+                f"learning rate up to {args.learning_rate:g}, seed {plan.seed}")
+    runtime.log(f"Output      {run.folder}\n\n{EPOCH_HEADER}")
+    fit(trainer, plan, splits, run)
+    report_best(trainer, splits["val"], run)
+
+
+def out_of_memory(config: dict, args: Namespace) -> UserError:
+    """The line for a device that ran out of memory, with what to try first."""
+    smaller = (f"--batch_size {args.batch_size // 2}" if args.batch_size > 1
+               else f"--image_size {args.image_size // 64 * 32}")
+    on_gpu = config["features"] and config["features"][0] == "cuda"
+    return UserError(f"the device ran out of memory at --batch_size {args.batch_size}, --image_size "
+                     f"{args.image_size}; try {'--no_cache (the features lie there), or ' if on_gpu else ''}"
+                     f"{smaller}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """The command line; SystemExit with status 1 and one line on stderr for what a user can put right."""
-    with utils.user_errors(dataset.DatasetError, models.WeightsError):
+    with utils.user_errors(dataset.DatasetError, models.WeightsError), utils.stoppable():
         args, checkpoint = parse_args(argv)
+        continues = continues_run(checkpoint, args)
         runtime = Runtime.start(args.device, args.amp)
-        with interruptible(args, runtime):
-            runtime.log(f"Device      {runtime}")
-            if checkpoint and "optimizer" not in checkpoint and (args.resume or not checkpoint["config"]):
-                runtime.log(f"Checkpoint  {args.resume or args.evaluate} holds weights alone: class names and image size are the "
-                            f"defaults{', and a new run starts from them' if args.resume else ''}")
-            if args.demo:
-                if runtime.rank == 0:
-                    dataset.write_demo(args.data_dir)
-                runtime.wait()
-            data = load_splits(args, ("val",) if args.evaluate else ("train", "val"), runtime)
-            model = place_model(build_model(args, checkpoint, runtime), args, runtime)
+        runtime.log(f"Device      {runtime}")
+        if checkpoint and not continues:
+            start = "a new run starts from its weights; " if args.resume else ""
+            known = ("classes and image size are its own" if "image_size" in checkpoint["config"] else
+                     f"taking the first {args.num_classes} of CLASSES and --image_size {args.image_size}")
+            runtime.log(f"Checkpoint  {args.resume or args.evaluate}: {start}{known}")
+        config = describe_run(args, runtime)
+        network = build_network(args, checkpoint, runtime)
+        config["settings"]["encoder_weights"] = args.encoder_weights  # as they were to be had
+        try:
             if args.evaluate:
-                model.fold_encoder()
-                log_scores(evaluate(model, make_val_loader(data["val"], args, runtime), args.num_classes, runtime), args, runtime)
+                val = load_splits(["val"], args, runtime)["val"]
+                totals = evaluate(models.fold_batch_norms(network), val, runtime, args.flip)
+                runtime.log(totals.table(config["class_names"]))
             else:
+                claimed = contextlib.nullcontext()
                 if runtime.rank == 0:
-                    claim_output_dir(args, resumed=checkpoint is not None and "optimizer" in checkpoint)
-                fit(model, data, checkpoint, args, runtime)
-            runtime.close()
+                    claimed = claimed_folder(args, config, continues)
+                with claimed as folder:
+                    run = Run(folder, config, runtime)
+                    train_network(network, run, checkpoint if continues else None, args)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(config, args) from error
+        runtime.close()
 
 
 if __name__ == "__main__":

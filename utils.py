@@ -5,41 +5,66 @@ It knows no other file of the project: class names and colours arrive as argumen
 import argparse
 import contextlib
 import csv
-import ctypes
 import difflib
+import errno
 import io
-import json
+import itertools
 import math
 import os
-import platform
+import re
+import signal
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from PIL import Image, ImageDraw, ImageFont
+from tqdm.auto import tqdm
 
-PASCAL_REMEDY = "pip install torch==2.7.1 torchvision==0.22.1"  # the last release with kernels for sm_50 to sm_61
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+PASCAL_REMEDY = "pip install torch==2.7.1 torchvision==0.22.1"  # the last with kernels for sm_50 to sm_61
+TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+RENAME_SECONDS = 5.0  # how long a checkpoint's rename is tried
+WRITE_REMEDIES = {
+    errno.ENOSPC: "free some space", errno.EDQUOT: "free some of your quota",
+    errno.EFBIG: "raise the file size limit", errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOENT: "the folder is gone; make it again",
+} | dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a folder you can write to")
+TEMPORARY_SUFFIX = ".tmp"
+NO_FSYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # what file systems without it answer
 
 
 class UserError(Exception):
-    """Something that the user can put right. The message is one line with the value, what was expected and the remedy."""
+    """Something that the user can put right: one line with the value, what was expected and the remedy."""
 
 
-# --- Command line -------------------------------------------------------------------------------------------------------
+class SharedError(UserError):
+    """A UserError that every process of a job meets at the same place; rank 0 alone prints it."""
+
+
+# --- Command line -------------------------------------------------------------------------------------------
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse without abbreviations, whose errors are one line and name the nearest flag for a mistyped one."""
+    """argparse without abbreviations; an error is one line that names the flag nearest to a mistyped one."""
 
     def __init__(self, **options) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def _print_message(self, message: str, file: IO | None = None) -> None:
+        say(message.rstrip("\n"), "stdout" if file is sys.stdout else "stderr")
 
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
         parsed, unknown = self.parse_known_args(args, namespace)
@@ -53,15 +78,22 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
-def positive_int(text: str) -> int:
-    """argparse type."""
-    if not text.strip().isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number of 1 or more")
-    return int(text)
+def whole_number(lowest: int, highest: float = math.inf, multiple: int = 1) -> Callable[[str], int]:
+    """An argparse type: multiples of a number from `lowest`, which is 0 or more, to `highest`."""
+    kind = f"multiple of {multiple}" if multiple > 1 else "whole number"
+    limit = f", at most {highest}" if highest < math.inf else ""
+
+    def parse(text: str) -> int:
+        number = int(text) if re.fullmatch(r"\s*\d{1,30}\s*", text, re.ASCII) else -1
+        if not lowest <= number <= highest or number % multiple:
+            raise argparse.ArgumentTypeError(f"{text}: expected a {kind} of {lowest} or more{limit}")
+        return number
+
+    return parse
 
 
 def positive_float(text: str) -> float:
-    """argparse type."""
+    """An argparse type: finite numbers above 0."""
     try:
         value = float(text)
     except ValueError:
@@ -78,55 +110,153 @@ def user_errors(*kinds: type[Exception]) -> Iterator[None]:
         yield
     except (UserError, *kinds) as error:
         message = str(error).strip()
-        if message.startswith("Caught "):  # a DataLoader's worker failed: torch puts its traceback before the message
+        if message.startswith("Caught "):  # a DataLoader's worker failed: torch puts its traceback first
             message = message.splitlines()[-1].partition(": ")[2]
-        rank = f"[rank {dist.get_rank()}] " if dist.is_initialized() else ""
-        print(f"{Path(sys.argv[0]).name}: error: {rank}{' '.join(message.split())}", file=sys.stderr)
+        rank = dist.get_rank() if dist.is_initialized() else None
+        shared = isinstance(error, SharedError) and rank is not None
+        if not shared or rank == 0:
+            who = "" if shared or rank is None else f"[rank {rank}] "
+            say(f"{Path(sys.argv[0]).name}: error: {who}{' '.join(message.split())}", "stderr")
+        if shared:
+            dist.barrier()  # a process that ended before rank 0 had printed would take the job down
         raise SystemExit(1) from error
 
 
-# --- Devices and processes ----------------------------------------------------------------------------------------------
+def say(message: str = "", stream_name: str = "stdout") -> None:
+    """Print a line at once, above any progress bar, on sys.stdout or sys.stderr.
+
+    Never fatal: what the stream cannot encode is written as backslash escapes, and what it does not take (the
+    reader of a pipe has gone, the disk is full, there is no terminal any more) is lost.
+    """
+    stream = getattr(sys, stream_name)  # None where the program was started without one
+    text = f"{message}\n"
+    try:
+        with tqdm.external_write_mode(stream):
+            try:
+                stream.write(text)
+            except UnicodeEncodeError:
+                stream.write(text.encode(stream.encoding, "backslashreplace").decode(stream.encoding))
+            stream.flush()
+    except (AttributeError, OSError, ValueError):
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            # Else Python writes at its exit what the stream still holds, fails and ends with status 120.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def progress_bar(*args, **options) -> tqdm:
+    """tqdm on the terminal, gone when finished; nothing if sys.stderr is no terminal, closed or missing."""
+    try:
+        shown = sys.stderr.isatty()
+    except (AttributeError, ValueError):
+        shown = False
+    return tqdm(*args, leave=False, disable=options.pop("disable", False) or not shown, **options)
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """End at Ctrl-C or SIGTERM with the usual exit status and one line, which holds the interrupt's notes."""
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(number)
+
+    in_main_thread = threading.current_thread() is threading.main_thread()  # signals reach no other
+    previous = signal.signal(signal.SIGTERM, stop) if in_main_thread else None
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        number = interrupt.args[0] if interrupt.args else signal.SIGINT
+        remedy = "; ".join(getattr(interrupt, "__notes__", ["nothing was finished, so start again"]))
+        if not (dist.is_initialized() and dist.get_rank()):
+            say(f"\nstopped by {signal.Signals(number).name}; {remedy}", "stderr")
+        raise SystemExit(128 + number) from interrupt
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, short enough for a line of the log."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+
+
+# --- Devices and processes ----------------------------------------------------------------------------------
+
+
+def is_torchrun() -> bool:
+    """Whether torchrun's whole set of variables stands; a stray RANK of a scheduler does not count."""
+    return all(name in os.environ for name in TORCHRUN_VARIABLES)
+
+
+def local_share() -> int:
+    """How many processes of this job share the machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if is_torchrun() else 1
+
+
+def available_cpus() -> int:
+    """Cores this process may use: its share of those that the processes of torchrun have together."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(cores // local_share(), 1)
+
+
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Bytes to be had without swapping or exceeding a container's limit; None if the system does not tell."""
+    try:
+        memory = re.search(r"^MemAvailable: +(\d+) kB", (root / "proc/meminfo").read_text(), re.MULTILINE)
+        available = int(memory[1]) * 1024
+    except (OSError, TypeError):  # not Linux
+        return None
+    try:
+        limit, used, details = ((root / "sys/fs/cgroup" / name).read_text()
+                                for name in ("memory.max", "memory.current", "memory.stat"))
+    except OSError:  # no container, or an old one
+        return available
+    if limit.strip() == "max":
+        return available
+    file_cache = re.findall(r"^inactive_file (\d+)", details, re.MULTILINE)  # given up when memory is short
+    return min(available, int(limit) - int(used) + sum(map(int, file_cache)))
 
 
 def select_device(name: str) -> torch.device:
     """The device that --device names; "auto" is the first of cuda, mps and cpu that can be used.
 
-    Raises:
-        UserError: no such device, or the torch build has no kernels for the GPU.
+    UserError if there is none such, or the torch build has no kernels for the GPU.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps") from error
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError(f"--device {name}: torch {torch.__version__} finds no CUDA GPU here; install the NVIDIA driver or "
-                            "pass --device cpu")
-        index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
-        if index >= torch.cuda.device_count():
-            raise UserError(f"--device {name}: there are {torch.cuda.device_count()} GPUs, numbered from 0; pass a lower number "
-                            "or start fewer processes")
-        check_gpu_architecture(torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index),
-                               torch.cuda.get_arch_list())
-        torch.cuda.set_device(index)
-        return torch.device("cuda", index)
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError(f"--device {name}: torch {torch.__version__} finds no Apple GPU here; pass --device cpu")
-    if device.type not in ("cpu", "mps"):
+    except RuntimeError:
+        device = None
+    if not device or device.type not in ("cpu", "cuda", "mps"):
         raise UserError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
-    return device
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"--device {name}: torch {torch.__version__} finds no Apple GPU here; "
+                        "pass --device cpu")
+    return select_gpu(device, name) if device.type == "cuda" else device
+
+
+def select_gpu(device: torch.device, name: str) -> torch.device:
+    """A CUDA device by its number; each process of torchrun gets its own. UserError as in select_device."""
+    if not torch.cuda.is_available():
+        raise UserError(f"--device {name}: torch {torch.__version__} finds no CUDA GPU here; install the "
+                        "NVIDIA driver or pass --device cpu")
+    if device.index is not None and local_share() > 1:
+        raise UserError(f"--device {name}: torchrun gives each process a GPU of its own; pass --device cuda")
+    index = int(os.environ.get("LOCAL_RANK", 0)) if is_torchrun() else device.index or 0
+    n_gpus = torch.cuda.device_count()
+    if index >= n_gpus:
+        raise UserError(f"--device {name}: there are {n_gpus} GPUs, numbered from 0; pass a lower number or "
+                        "start fewer processes")
+    check_gpu_architecture(torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index),
+                           torch.cuda.get_arch_list())
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def check_gpu_architecture(name: str, capability: tuple[int, int], architectures: Sequence[str]) -> None:
-    """UserError if this torch build has no kernels for a GPU.
+    """UserError if this torch build has no kernels for a GPU of this compute capability, such as (6, 1).
 
     Machine code for sm_XY runs on capabilities X.Z with Z >= Y; PTX for compute_XY on every later one too.
-
-    Args:
-        capability: the GPU's compute capability, such as (6, 1).
-        architectures: those of the build, as torch.cuda.get_arch_list() gives them, such as ["sm_75", "compute_90"].
+    The build's `architectures` are as torch.cuda.get_arch_list() gives them, such as ["sm_75", "compute_90"].
     """
     major, minor = capability
     for architecture in architectures:
@@ -135,8 +265,9 @@ def check_gpu_architecture(name: str, capability: tuple[int, int], architectures
         if (built[0] == major and built[1] <= minor) or (kind == "compute" and built <= capability):
             return
     remedy = PASCAL_REMEDY if capability < (7, 5) else "pip install --upgrade torch torchvision"
-    raise UserError(f"{name} has compute capability {major}.{minor}, and torch {torch.__version__} has no kernels for it "
-                    f"(built for {', '.join(architectures)}); run: {remedy}, or pass --device cpu")
+    raise UserError(f"{name} has compute capability {major}.{minor}, and torch {torch.__version__} has no "
+                    f"kernels for it (built for {', '.join(architectures)}); run: {remedy}, or pass "
+                    "--device cpu")
 
 
 def select_amp(choice: str, device: torch.device) -> tuple[torch.dtype | None, str]:
@@ -148,6 +279,8 @@ def select_amp(choice: str, device: torch.device) -> tuple[torch.dtype | None, s
         major, minor = torch.cuda.get_device_capability(device)
         if major >= 8:
             return torch.bfloat16, f"compute capability {major}.{minor} has bf16"
+        if " GTX 16" in torch.cuda.get_device_name(device):  # 7.5 as well, but without tensor cores
+            return None, "GTX 16xx is known for NaN in fp16"
         if major == 7:
             return torch.float16, f"compute capability {major}.{minor} has fp16 tensor cores and no bf16"
         return None, f"compute capability {major}.{minor} runs fp16 convolutions slower than float32"
@@ -156,26 +289,17 @@ def select_amp(choice: str, device: torch.device) -> tuple[torch.dtype | None, s
     return None, f"this {device.type.upper()} has no native bf16"
 
 
-def cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies bf16 natively; elsewhere torch emulates it, ten times slower than float32."""
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-
-
-def keep_freed_memory() -> None:
-    """Let a step on the CPU reuse the memory of the step before; without effect where the C library is not glibc.
-
-    By default malloc returns a step's activations to the system, which clears the same pages again for the next step: 15,000
-    page faults at batch 4, more than a twentieth of the time. The two settings are M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of mallopt(3).
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never give the top of the heap back
-        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: take blocks up to 32 MiB, the most that glibc allows, from the heap
+def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the CPU multiplies bf16 natively; elsewhere torch emulates it, 10 times slower than float32."""
+    try:
+        return re.search(r"^flags.* (amx_bf16|avx512_bf16)\b", cpuinfo.read_text(), re.MULTILINE) is not None
+    except OSError:  # not Linux
+        return False
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and how a network runs: device, precision, and this process's place among those that torchrun started."""
+    """Where and how a network runs: device, precision, and this process's place among those of torchrun."""
 
     device: torch.device
     amp_dtype: torch.dtype | None  # None is float32 throughout
@@ -185,204 +309,235 @@ class Runtime:
 
     @classmethod
     def start(cls, device_name: str, amp: str) -> "Runtime":
-        """Choose device and precision and, under torchrun, join the other processes. UserError as in select_device."""
+        """Choose device and precision and, under torchrun, join the others. UserError as in select_device."""
         device = select_device(device_name)
         if device.type == "cuda":
-            torch.backends.cudnn.benchmark = True  # shapes are fixed, so the search for the fastest kernels pays
-        if device.type == "cpu":
-            keep_freed_memory()
-        rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+            torch.backends.cudnn.benchmark = True  # shapes are fixed: the search for the fastest kernels pays
+        rank, world_size = 0, 1
+        if is_torchrun():
+            rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         if world_size > 1 and not dist.is_initialized():
-            # The others wait at their first collective while rank 0 downloads weights or draws the demo.
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=60))
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(minutes=60))  # rank 0's download takes a while
         return cls(device, *select_amp(amp, device), rank, world_size)
 
-    def wait(self) -> None:
-        """Until every process is here."""
-        if dist.is_initialized():
-            dist.barrier()
+    def gather(self, value: object) -> list:
+        """A value of every process, by rank."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
 
     def close(self) -> None:
         """Leave the other processes, once all have done their work."""
-        self.wait()
-        if dist.is_initialized() and dist.get_backend() == "nccl":  # gloo needs none, and torch 2.7's may hang in it
-            dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.barrier()
+            if dist.get_backend() == "nccl":  # gloo needs none, and torch 2.7's may hang in it
+                dist.destroy_process_group()
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
+        """A context in the runtime's precision."""
+        # Each weight is used once in a pass, so a cache of casts saves nothing, and CUDA graphs allow none.
+        return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None,
+                              cache_enabled=False)
 
     def log(self, message: str = "") -> None:
         """Print on rank 0, at once, so that a log file can be followed."""
         if self.rank == 0:
-            print(message, flush=True)
+            say(message)
 
     def __str__(self) -> str:
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+        cuda = self.device.type == "cuda"
+        name = torch.cuda.get_device_name(self.device) if cuda else f"{torch.get_num_threads()} threads"
         precision = str(self.amp_dtype or torch.float32).removeprefix("torch.")
         return f"{self.device} ({name}), {precision} ({self.amp_reason})"
 
 
-# --- Whole files --------------------------------------------------------------------------------------------------------
+# --- Whole files --------------------------------------------------------------------------------------------
 
 
-def write_file(path: str | Path, content: bytes | memoryview) -> None:
-    """Write a file so that it is whole at every moment: under a temporary name beside it, to the disk, then renamed.
+def write_file(path: str | Path, content: bytes | memoryview, *,
+               patience: float = 0, exclusive: bool = False) -> None:
+    """Write a file so that it is whole at every moment: under a temporary name beside it, then renamed.
 
+    Args:
+        patience: seconds for which a rename that fails is tried again.
+        exclusive: refuse to replace a file.
     Raises:
-        UserError: the disk is full or the folder not writable; a previous file of that name is untouched.
+        UserError: the disk is full, the folder not writable, ...; a previous file of that name is untouched.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())  # a rename may reach the disk before the bytes do, and a power cut between them
-        os.replace(temporary, path)
+            flush_to_disk(file)  # else the rename may reach it before the bytes, and a power cut between them
+        if exclusive and path.exists():
+            raise FileExistsError(errno.EEXIST, "another process wrote it first")
+        rename(temporary, path, patience)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} could not be written ({error.strerror}); free some space or choose another folder. What was "
-                        "there before is whole") from error
+        reason, remedy = error.strerror or error, WRITE_REMEDIES.get(error.errno, "choose another folder")
+        raise UserError(f"{path} could not be written ({reason}); {remedy}. "
+                        "What was there before is whole") from error
+    finally:
+        remove([temporary])  # still there after an error or Ctrl-C
+
+
+def temporary_name(path: Path) -> Path:
+    """Beside a file, and this process's own."""
+    return path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+
+
+def flush_to_disk(file: IO) -> None:
+    """os.fsync, where the file system has it."""
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in NO_FSYNC:
+            raise
+
+
+def rename(source: Path, target: Path, patience: float) -> None:
+    """os.replace, tried again: virus scanners, indexers and network drives hold files for a moment."""
+    last = time.monotonic() + patience
+    while True:
+        try:
+            return os.replace(source, target)
+        except OSError:
+            if time.monotonic() >= last:
+                raise
+            time.sleep(0.1)
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Delete files as far as that is possible: a clean-up that fails is no reason to fail."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def write_checkpoint(path: str | Path, checkpoint: dict) -> None:
-    """A dict of tensors and plain types, as torch.load(weights_only=True) reads it."""
+    """A dict of tensors and plain types, for torch.load(weights_only=True). UserError as in write_file."""
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
-    write_file(path, buffer.getbuffer())
-
-
-def write_json(path: str | Path, content: dict) -> None:
-    write_file(path, (json.dumps(content, indent=2) + "\n").encode())
+    write_file(path, buffer.getbuffer(), patience=RENAME_SECONDS)
 
 
 def write_csv(path: str | Path, rows: Sequence[dict]) -> None:
-    """Rows of equal keys as comma-separated values with a header; floats with 6 digits, NaN as an empty cell."""
+    """Rows of equal keys below a header; floats with 6 digits, NaN empty. UserError as in write_file."""
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
-    for row in rows:
-        writer.writerow({key: format_cell(value) for key, value in row.items()})
+    writer.writerows({key: format_cell(value) for key, value in row.items()} for row in rows)
     write_file(path, text.getvalue().encode())
 
 
 def format_cell(value: object) -> object:
     if not isinstance(value, float):
         return value
-    return "" if value != value else f"{value:.6g}"
+    return "" if math.isnan(value) else f"{value:.6g}"
 
 
 def make_dir(path: Path, flag: str) -> None:
-    """Make the folder that a flag names, and fail now rather than after the work if nothing can be written there."""
+    """Make the folder that a flag names; UserError before the work if nothing can be written there."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{flag} {path} cannot be made ({error.strerror}); choose a folder you can write to") from error
+        reason = "it is a file" if path.is_file() else error.strerror
+        raise UserError(f"{flag} {path} cannot be made ({reason}); "
+                        "choose a folder you can write to") from error
     probe = path / ".probe"
     write_file(probe, b"")
-    probe.unlink()
+    remove([probe])
 
 
-# --- Pictures -----------------------------------------------------------------------------------------------------------
+def make_new_dir(path: Path) -> Path:
+    """Make a folder that was not there, with a number behind its name if it is taken."""
+    for number in itertools.count(1):
+        new = path.with_name(f"{path.name}-{number}") if number > 1 else path
+        try:
+            new.mkdir(parents=True)
+            return new
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"{new} cannot be made ({error.strerror}); "
+                            "pass --output_dir with a folder you can write to") from error
 
-TRAIN_STYLE = {"color": "#0072B2", "linestyle": "--", "label": "train"}  # blue and vermilion of Okabe and Ito's palette,
-VAL_STYLE = {"color": "#D55E00", "linestyle": "-", "label": "validation"}  # which colour-blind readers can tell apart
+
+@contextlib.contextmanager
+def locked_dir(path: Path, flag: str) -> Iterator[None]:
+    """Make a folder if need be and hold it against other processes, where the system has such locks.
+
+    UserError if another process holds it or nothing can be written there.
+    """
+    make_dir(path, flag)
+    with contextlib.ExitStack() as at_end:
+        if fcntl:
+            try:
+                descriptor = os.open(path, os.O_RDONLY)
+                at_end.callback(os.close, descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"{flag} {path}: another process is at work there; wait for it, or choose "
+                                "another folder") from error
+            except OSError:  # a file system without locks
+                pass
+        yield
 
 
-def save_figure(figure: Figure, path: str | Path) -> None:
+# --- Pictures -----------------------------------------------------------------------------------------------
+
+
+def save_figure(path: str | Path, figure: Figure) -> None:
+    """Write a figure as a PNG. UserError as in write_file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     write_file(path, buffer.getbuffer())
 
 
-def write_image(path: str | Path, image: Image.Image) -> None:
-    """A PNG, whatever the name ends in."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    write_file(path, buffer.getbuffer())
-
-
-def plot_curves(history: Sequence[dict], path: str | Path) -> None:
-    """Loss and dice over the epochs, training and validation in one panel each, from the rows of history.csv."""
+def plot_curves(history: Sequence[dict], image_size: int) -> Figure:
+    """Loss and dice over the epochs, a panel each with training and validation, from history.csv's rows."""
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     epochs = [row["epoch"] for row in history]
     marker = "o" if len(epochs) < 30 else None
-    for axes, name, label in zip(figure.subplots(1, 2), ("loss", "dice"), ("cross entropy per pixel", "dice (pixel accuracy)")):
-        for split, style in (("train", TRAIN_STYLE), ("val", VAL_STYLE)):
-            axes.plot(epochs, [row[f"{split}_{name}"] for row in history], marker=marker, markersize=3.5, **style)
-        axes.set(xlabel="epoch", ylabel=label, title=name.capitalize())
+    # Okabe and Ito's blue and vermilion, which colour-blind readers can tell apart.
+    curves = (("train", f"train, at {image_size}x{image_size}", {"color": "#0072B2", "linestyle": "--"}),
+              ("val", "validation, at the composites' size", {"color": "#D55E00", "linestyle": "-"}))
+    for axes, name, ylabel in zip(figure.subplots(1, 2), ("loss", "dice"),
+                                  ("cross entropy per pixel", "dice (pixel accuracy)")):
+        for split, label, style in curves:
+            values = [row[f"{split}_{name}"] for row in history]
+            axes.plot(epochs, values, marker=marker, markersize=3.5, label=label, **style)
+        axes.set(xlabel="epoch", ylabel=ylabel, title=name.capitalize())
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
-    save_figure(figure, path)
+    return figure
 
 
-def plot_predictions(
-    images: np.ndarray, labels: np.ndarray, predictions: np.ndarray, names: Sequence[str], palette: np.ndarray, path: str | Path
-) -> None:
+def plot_predictions(samples: Sequence[tuple], names: Sequence[str], palette: np.ndarray) -> Figure:
     """Photo, truth and prediction of a few samples, a row each, above a legend of the classes that occur.
 
     Args:
-        images: uint8 (N, H, W, 3).
-        labels, predictions: uint8 (N, H, W).
+        samples: of image uint8 (h, w, 3), label uint8 (H, W) and predictions uint8 (H, W).
         names, palette: the class names and their colours, uint8 (n_classes, 3).
     """
-    present = np.union1d(labels, predictions)
+    present = np.unique(np.concatenate([array.ravel() for sample in samples for array in sample[1:]]))
     n_legend_rows = -(-len(present) // 6)
-    figure = Figure(figsize=(8, 2.75 * len(images) + 0.3 + 0.25 * n_legend_rows), layout="constrained")
-    grid = figure.subplots(len(images), 3, squeeze=False)
-    for row, pictures in zip(grid, zip(images, palette[labels], palette[predictions])):
-        for axes, picture in zip(row, pictures):
+    figure = Figure(figsize=(8, 2.75 * len(samples) + 0.3 + 0.25 * n_legend_rows), layout="constrained")
+    grid = figure.subplots(len(samples), 3, squeeze=False)
+    for row, (image, label, predictions) in zip(grid, samples):
+        for axes, picture in zip(row, (image, palette[label], palette[predictions])):
             axes.imshow(picture, interpolation="nearest")
             axes.axis("off")
     for axes, title in zip(grid[0], ("photo", "truth", "prediction")):
         axes.set_title(title)
-    handles = [Patch(facecolor=palette[i] / 255, edgecolor="0.3", linewidth=0.5, label=names[i]) for i in present]
+    handles = [Patch(facecolor=palette[i] / 255, edgecolor="0.3", linewidth=0.5, label=names[i])
+               for i in present]
     figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
-    save_figure(figure, path)
-
-
-def plot_confusion_matrix(confusion: np.ndarray, names: Sequence[str], path: str | Path) -> None:
-    """The confusion matrix (n_classes, n_classes), rows truth, each row in percent of its pixels; empty rows stay blank."""
-    totals = confusion.sum(axis=1, keepdims=True)
-    shares = np.divide(100 * confusion, totals, out=np.full(confusion.shape, np.nan), where=totals > 0)
-    side = 2.2 + 0.36 * len(names)
-    figure = Figure(figsize=(side + 0.6, side), layout="constrained")
-    axes = figure.subplots()
-    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
-    for (row, column), share in np.ndenumerate(shares):
-        if share >= 0.5:  # a cell of 0% says more as a blank
-            axes.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=7.5, color="white" if share > 55 else "black")
-    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(names)), names)
-    axes.set(xlabel="prediction", ylabel="truth", title="Where each class's pixels went, % of the row")
-    axes.spines[:].set_visible(False)
-    figure.colorbar(picture, ax=axes, shrink=0.6, label="% of the true class's pixels")
-    save_figure(figure, path)
-
-
-def draw_overlay(photo: Image.Image, label: np.ndarray, names: Sequence[str], palette: np.ndarray) -> Image.Image:
-    """The class colours blended over a photo, with a legend of the classes present below it.
-
-    Args:
-        photo: RGB, W x H.
-        label: uint8 (H, W).
-        names, palette: the class names and their colours, uint8 (n_classes, 3).
-    """
-    blended = Image.blend(photo, Image.fromarray(palette[label]), alpha=0.55)
-    W, H = blended.size
-    present = np.unique(label)
-    font = ImageFont.load_default(size=max(11, min(W, 1600) // 45))
-    line = round(font.size * 1.6)
-    column = max(font.getlength(names[i]) for i in present) + 2 * line
-    n_columns = max(1, int(W // column))
-    canvas = Image.new("RGB", (max(W, round(column)), H + line * (-(-len(present) // n_columns)) + line // 2), "white")
-    canvas.paste(blended)
-    draw = ImageDraw.Draw(canvas)
-    for place, i in enumerate(present):
-        x, y = place % n_columns * column + line // 4, H + line // 4 + place // n_columns * line
-        draw.rectangle((x, y + line * 0.15, x + line * 0.8, y + line * 0.85), fill=tuple(palette[i].tolist()), outline="gray")
-        draw.text((x + line * 1.1, y + line * 0.5), names[i], fill="black", font=font, anchor="lm")
-    return canvas
+    return figure

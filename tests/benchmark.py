@@ -1,50 +1,301 @@
-"""Speed and memory of this repository against a plain loop, measured in the same run: python tests/benchmark.py --help
+"""Speed and memory of this repository against others, measured in one run: python tests/benchmark.py --help
 
-The plain loop is what training scripts for this network commonly do: float32, contiguous memory, a DataLoader that opens each
-composite with Pillow and decodes its label with the colour table every epoch, and the encoder inside autograd.
+A row compares two sides that ran by turns on the same machine: the medians of their figures, the median of their
+ratios, and the ratios' spread, highest less lowest in percent of the median. Composites are copies of those in
+images/demo and weights are random; neither changes how long a step takes.
 """
 import argparse
+import contextlib
+import csv
+import importlib.util
+import io
+import itertools
+import math
 import multiprocessing
+import os
 import platform
-import resource
+import re
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts lie flat in the repository's root
 
 import dataset  # noqa: E402
 import metrics  # noqa: E402
+import model as models  # noqa: E402
 import train  # noqa: E402
-from model import EfficientSegNet  # noqa: E402
-from predict import Segmenter  # noqa: E402
-from utils import Runtime, write_checkpoint  # noqa: E402
+import utils  # noqa: E402
+
+WHOLE_RUN = {"train": 2975, "val": 250}  # composites
+N_EPOCHS = 15  # of a whole run
+N_CLASSES = len(dataset.CLASSES)
+Timed = Callable[[], tuple[int, float]]  # does some work and tells how many images and seconds it took
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every section is told."""
+
+    few: Path  # a data folder
+    many: Path  # one of so many composites that worker processes read them
+    device: str
+    precisions: dict[str, str]  # the choices of --amp to measure, by dtype
+    batch_sizes: tuple[int, ...]
+    n_images: int  # in an epoch against the plain loop; half as many elsewhere
+    repeats: int
+
+
+def copy_demo(folder: Path, counts: dict[str, int]) -> Path:
+    """Make a data folder of so many composites in train/ and val/, copies of those in images/demo."""
+    for split, count in counts.items():
+        (folder / split).mkdir(parents=True)
+        sources = itertools.cycle(dataset.list_composites(train.DEMO_DIR / split))
+        for number, source in zip(range(count), sources):
+            shutil.copy(source, folder / split / f"{number}.jpg")
+    return folder
+
+
+# --- Measuring ----------------------------------------------------------------------------------------------
+
+
+def wait() -> None:
+    """For the GPU, where this process uses one."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def timed(work: Callable[[], int]) -> Timed:
+    """Work that returns a number of images, to be timed at every call."""
+    def call() -> tuple[int, float]:
+        wait()
+        started = time.perf_counter()
+        n_images = work()
+        wait()
+        return n_images, time.perf_counter() - started
+
+    return call
+
+
+def by_turns(sides: dict[str, Timed], repeats: int) -> dict[str, list[float]]:
+    """Images a second of each side, called by turns so that a slow minute of the machine meets them all."""
+    rates = {name: [] for name in sides}
+    for turn in range(repeats + 1):
+        for name, side in sides.items():
+            n_images, seconds = side()
+            if turn:  # the first warms up
+                rates[name].append(n_images / seconds)
+    return rates
+
+
+def print_title(title: str, base: str, this: str = "this") -> None:
+    print(f"\n{title:<58}{base:>14}{this:>10}{'ratio':>8}{'spread':>8}", flush=True)
+
+
+def print_row(name: str, base: Sequence[float], this: Sequence[float]) -> None:
+    ratios = [ours / theirs for ours, theirs in zip(this, base)]
+    ratio = statistics.median(ratios)
+    spread = f"{(max(ratios) - min(ratios)) / ratio:>8.0%}" if len(ratios) > 1 else ""
+    medians = f"{statistics.median(base):>14.1f}{statistics.median(this):>10.1f}"
+    print(f"  {name:<56}{medians}{ratio:>8.2f}{spread}", flush=True)
+
+
+def print_rows(rates: dict[str, list[float]], name: str = "{}, images/s") -> None:
+    """Every side against the first."""
+    base, *others = rates
+    for other in others:
+        print_row(name.format(other), rates[base], rates[other])
+
+
+def peak_memory() -> tuple[float, float]:
+    """MiB that this process has held at most, of the host's memory (NaN if not on Linux) and of the GPU's."""
+    try:  # getrusage's figure would begin at what the process that started this one had held
+        host = int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+    except OSError:
+        host = math.nan
+    return host, torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_initialized() else 0.0
+
+
+WORKS: dict[str, Timed] = {}  # in a process of a Side: what it can be asked to do
+
+
+def start_process(environment: dict[str, str], threads: int | None) -> None:
+    os.environ.update(environment)
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def call_work(name: str) -> tuple[int, float]:
+    return WORKS[name]()
+
+
+class Side:
+    """Processes that do one side's work, as peak memory, threads and ranks belong to a process.
+
+    Args:
+        n_processes: joined as torchrun joins them.
+        threads: of each; torch's default if None.
+    """
+
+    def __init__(self, n_processes: int = 1, threads: int | None = None) -> None:
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", 0))
+            port = str(server.getsockname()[1])
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(n_processes),
+                  "LOCAL_WORLD_SIZE": str(n_processes)}
+        self.pools = []
+        for rank in map(str, range(n_processes)):
+            environment = shared | {"RANK": rank, "LOCAL_RANK": rank} if n_processes > 1 else {}
+            self.pools.append(ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), start_process,
+                                                  (environment, threads)))
+            self.pools[-1].submit(wait)  # so that it imports torch while the others do
+
+    def call(self, function: Callable, *args) -> list:
+        """What a function returns in each process; all call it at once."""
+        futures = [pool.submit(function, *args) for pool in self.pools]
+        return [future.result() for future in futures]
+
+    def work(self, name: str) -> Timed:
+        """One of WORKS, done by all processes together."""
+        def call() -> tuple[int, float]:
+            n_images, seconds = zip(*self.call(call_work, name))
+            return sum(n_images), max(seconds)
+
+        return call
+
+    def __enter__(self) -> "Side":
+        return self
+
+    def __exit__(self, *_) -> None:
+        for pool in self.pools:
+            pool.shutdown()
+
+
+# --- This repository ----------------------------------------------------------------------------------------
+
+
+class Setup:
+    """What train.py has before its first epoch, built by its own functions from its own flags."""
+
+    def __init__(self, folder: Path, device: str, *flags: str) -> None:
+        argv = ["--data_dir", str(folder), "--device", device, "--encoder_weights", "none", *flags]
+        self.args, _ = train.parse_args(argv)
+        self.runtime = utils.Runtime.start(self.args.device, self.args.amp)
+        self.network = train.build_network(self.args, None, self.runtime)
+        self.read()
+
+    def read(self) -> int:
+        """Both splits; how many composites they have."""
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.splits = train.load_splits(("train", "val"), self.args, self.runtime)
+        return sum(map(len, self.splits.values()))
+
+    def keep_features(self) -> "Setup":
+        """In the place of the images, as with a frozen encoder."""
+        with contextlib.redirect_stdout(io.StringIO()):
+            kept = train.keep_features(self.trainer(), self.splits, self.args.batch_size, None)
+        assert kept, "there is not enough memory to keep features"
+        return self
+
+    def trainer(self) -> train.Trainer:
+        """A new one for the same network, as one takes batches of one size."""
+        weights = train.build_class_weights(self.splits["train"].class_pixels, self.args.finetune_encoder)
+        return train.Trainer(self.network, weights, self.args.learning_rate, 10**6, self.runtime)
+
+    def batches(self, batch_size: int, n_images: int) -> Iterator[tuple]:
+        """Of an epoch of so many images."""
+        plan = train.Plan(N_EPOCHS, batch_size, n_images // batch_size, seed=0)
+        order = plan.batches(len(self.splits["train"]), 1, self.runtime.rank)
+        return self.splits["train"].batches(order, self.runtime.device)
+
+    def epoch(self, trainer: train.Trainer, batch_size: int, n_images: int) -> Timed:
+        """Of at least one step."""
+        n_images = max(n_images // batch_size, 1) * batch_size
+
+        def work() -> int:
+            bar = utils.progress_bar(disable=True)
+            train.train_one_epoch(trainer, self.batches(batch_size, n_images), 1, bar)
+            return n_images
+
+        return timed(work)
+
+    def bare_steps(self, batch_size: int, n_images: int) -> Timed:
+        """Decode, loss and optimizer of an epoch, on one fixed batch and without its figures."""
+        trainer, n_steps = self.trainer(), n_images // batch_size
+        trainer.figures = SimpleNamespace(update=lambda *_: None)
+        inputs, labels = next(self.batches(batch_size, batch_size))
+
+        def work() -> int:
+            self.network.train()
+            for _ in range(n_steps):
+                trainer.step(inputs, labels)
+            return n_steps * batch_size
+
+        return timed(work)
+
+    def validate(self) -> int:
+        train.evaluate(models.fold_batch_norms(self.network), self.splits["val"], self.runtime).compute()
+        return len(self.splits["val"])
+
+
+def prepare_this(settings: Settings, device: str, amp: str) -> tuple[int, float]:
+    """Fill WORKS with what train.py does.
+
+    Returns:
+        this process's number of composites, and the MiB that their features and labels take.
+    """
+    setup = Setup(settings.many, device, "--amp", amp).keep_features()
+
+    def start() -> int:
+        n_images = setup.read()
+        setup.keep_features()
+        return n_images
+
+    WORKS.update({"validation": timed(setup.validate), "reading and encoding": timed(start)})
+    for size in settings.batch_sizes:
+        WORKS[f"training, batch {size}"] = setup.epoch(setup.trainer(), size, settings.n_images)
+        WORKS[f"bare steps, batch {size}"] = setup.bare_steps(size, settings.n_images)
+    splits = setup.splits.values()
+    n_bytes = sum(one.nbytes for split in splits for one in (*split.features, *split.labels))
+    return sum(map(len, splits)), n_bytes / 2**20
+
+
+# --- The plain loop -----------------------------------------------------------------------------------------
 
 
 class PlainDataset(Dataset):
-    """Opens and decodes a composite at every access, with the nearest of the 29 colours from a table."""
+    """Opens a composite and decodes its label at every access: the nearest colour, from a table of 32x32x32."""
 
-    def __init__(self, paths: list[Path]) -> None:
-        self.paths = paths
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths, decoder = paths, dataset.project_decoder()
         levels = np.arange(0, 256, 8) + 4
         rgb = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 1, 3)
-        self.table = dataset.COLOR_TO_ID[((rgb - dataset.COLORS.astype(int)) ** 2).sum(axis=2).argmin(axis=1)]
+        self.table = decoder.ids[((rgb - decoder.colors.astype(int)) ** 2).sum(axis=2).argmin(axis=1)]
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """image float32 (3, 256, 256), ImageNet-normalised, and label int64 (256, 256)."""
         composite = np.asarray(Image.open(self.paths[index]).convert("RGB"))
         r, g, b = (composite[:, 256:] >> 3).astype(int).transpose(2, 0, 1)
         image = torch.from_numpy(composite[:, :256].copy()).permute(2, 0, 1).float() / 255
@@ -52,296 +303,312 @@ class PlainDataset(Dataset):
         return (image - mean) / std, torch.from_numpy(self.table[(r * 32 + g) * 32 + b]).long()
 
 
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def prepare_plain(settings: Settings) -> None:
+    """Fill WORKS with what training scripts for this network commonly do, by the defaults of torch.
 
-
-PLAIN_WORKS = {}  # in the plain loop's own process: what it can be asked to do, by name
-
-
-def start_plain_loop(paths: list[Path], batch_sizes: tuple[int, ...], device: torch.device) -> None:
-    """Prepare the process of the plain loop."""
-    model = EfficientSegNet(20, "none", finetune_encoder=True).to(device)  # the encoder inside autograd
-    for batch_size in batch_sizes:
-        PLAIN_WORKS[f"training, batch {batch_size}"] = plain_epoch(model, paths, batch_size, device)
-    PLAIN_WORKS["evaluation"] = plain_evaluation(model, paths, device)
-
-
-def run_plain_loop(name: str, device: torch.device) -> None:
-    PLAIN_WORKS[name]()
-    wait(device)
-
-
-def peak_memory() -> tuple[int, int]:
-    """Bytes of this process's memory and of the device's at most so far."""
-    device_bytes = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, device_bytes
-
-
-def compare(plain, this, n_images: int, device: torch.device, repeats: int) -> tuple[float, float, float, float]:
-    """Run both by turns, so that a slow minute of the machine meets both; one run of each goes first unmeasured.
-
-    Returns:
-        Median images a second of the plain loop and of this, the median of their ratios, and the ratios' spread (highest less
-        lowest, in percent of the median).
+    float32, contiguous tensors, composites opened and decoded in every epoch, the encoder inside autograd.
     """
-    rates = []
-    for _ in range(repeats + 1):
-        for work in (plain, this):
-            wait(device)
-            started = time.perf_counter()
-            work()
-            wait(device)
-            rates.append(n_images / (time.perf_counter() - started))
-    plain_rates, this_rates = rates[2::2], rates[3::2]
-    ratios = [fast / slow for fast, slow in zip(this_rates, plain_rates)]
-    ratio = statistics.median(ratios)
-    return statistics.median(plain_rates), statistics.median(this_rates), ratio, 100 * (max(ratios) - min(ratios)) / ratio
+    device = utils.select_device(settings.device)
+    network = models.EfficientSegNet(N_CLASSES, "none", finetune_encoder=True).to(device)
+    paths = dataset.list_composites(settings.many / "train")[: settings.n_images]
+    for size in settings.batch_sizes:
+        optimizer = torch.optim.AdamW(network.decoder_parameters(), lr=1e-3)
+        loader = DataLoader(PlainDataset(paths), size, shuffle=True, drop_last=True)
+        WORKS[f"training, batch {size}"] = timed(partial(plain_epoch, network, loader, device, optimizer))
+    loader = DataLoader(PlainDataset(dataset.list_composites(settings.many / "val")), 4)
+    WORKS["validation"] = timed(partial(plain_epoch, network, loader, device))
 
 
-def rate(work, n_images: int, device: torch.device, repeats: int) -> float:
-    """Median images a second of `work()`; one run goes first unmeasured."""
-    rates = []
-    for _ in range(repeats + 1):
-        wait(device)
-        started = time.perf_counter()
-        work()
-        wait(device)
-        rates.append(n_images / (time.perf_counter() - started))
-    return statistics.median(rates[1:])
-
-
-def plain_epoch(model, paths, batch_size, device):
-    loader = DataLoader(PlainDataset(paths), batch_size, shuffle=True, drop_last=True)
-    optimizer = torch.optim.AdamW(model.decoder_parameters(), lr=1e-3)
-
-    def work():
-        model.train()
-        total_loss = correct = 0
-        for images, labels in loader:
-            images, labels = images.to(device), labels.to(device)
-            optimizer.zero_grad()
-            logits = model(images)
+def plain_epoch(network: nn.Module, loader: DataLoader, device: torch.device,
+                optimizer: torch.optim.Optimizer | None = None) -> int:
+    """Training, or validation without an optimizer."""
+    network.train(optimizer is not None)
+    total_loss = correct = n_images = 0
+    for images, labels in loader:
+        images, labels = images.to(device), labels.to(device)
+        with torch.set_grad_enabled(optimizer is not None):
+            logits = network(images)
             loss = F.cross_entropy(logits, labels)
-            loss.backward()
-            optimizer.step()
-            total_loss += loss.item()
-            correct += (logits.argmax(1) == labels).sum().item()
-
-    return work
-
-
-def fast_epoch(model, data, batch_size, runtime):
-    """What train.train_one_epoch does, without its bar."""
-    loader = DataLoader(data, batch_size, shuffle=True, drop_last=True, collate_fn=dataset.keep_batch,
-                        pin_memory=runtime.device.type == "cuda")
-    optimizer = torch.optim.AdamW(model.decoder_parameters(), lr=1e-3, fused=True)
-    class_weights = torch.ones(20, device=runtime.device)
-
-    def work():
-        model.train()
-        totals = metrics.SegmentationMetrics(20, runtime.device)
-        for batch in loader:
-            images, labels = dataset.split_batch(batch.to(runtime.device, non_blocking=True))
-            with runtime.autocast():
-                logits = model(dataset.normalize(images))
-            losses = metrics.cross_entropy(logits, labels, reduction="none")
-            (class_weights[labels.long()] * losses).mean().backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            totals.update(logits.argmax(1), labels, losses.detach().mean())
-        totals.compute()
-
-    return work
-
-
-def bare_network(model, batch_size, n_steps, runtime):
-    """The network, its loss and its optimizer on one fixed random batch: what an epoch would cost if nothing else did."""
-    images = torch.randn(batch_size, 3, 256, 256, device=runtime.device).contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(20, (batch_size, 256, 256), device=runtime.device)
-    optimizer = torch.optim.AdamW(model.decoder_parameters(), lr=1e-3, fused=True)
-
-    def work():
-        model.train()
-        for _ in range(n_steps):
-            with runtime.autocast():
-                logits = model(images)
-            metrics.cross_entropy(logits, labels).backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-    return work
-
-
-def encoder_alone(model, batch_size, n_steps, runtime):
-    """The share of a step that caching the frozen encoder's features would save."""
-    images = torch.randn(batch_size, 3, 256, 256, device=runtime.device).contiguous(memory_format=torch.channels_last)
-
-    def work():
-        for _ in range(n_steps):
-            with runtime.autocast():
-                model.encode(images)
-
-    return work
-
-
-def loss_curves(data, runtime, n_steps):
-    """Losses of the plain and of the fast step from the same weights on the same batches, and of the fast one in another order.
-
-    Returns:
-        float64 (3, n_steps).
-    """
-    state, curves = EfficientSegNet(20, "none").state_dict(), []
-    for fast, order in ((False, 0), (True, 0), (True, 1)):
-        model = EfficientSegNet(20, None)
-        model.load_state_dict(state)
-        model.to(runtime.device, memory_format=torch.channels_last if fast else torch.contiguous_format)
-        optimizer = torch.optim.AdamW(model.decoder_parameters(), lr=1e-3, fused=fast)
-        if fast:
-            model.fold_encoder()
-        batches = torch.Generator().manual_seed(order)
-        losses = []
-        for _ in range(n_steps):
-            batch = data.__getitems__(torch.randint(len(data), (4,), generator=batches).tolist())
-            images, labels = dataset.split_batch(batch.to(runtime.device))
-            images = dataset.normalize(images)
-            if fast:
-                with runtime.autocast():
-                    logits = model(images)
-                loss = metrics.cross_entropy(logits, labels)
-            else:
-                loss = F.cross_entropy(model(images.contiguous()), labels.long())
-            loss.backward()
-            optimizer.step()
+        if optimizer:
             optimizer.zero_grad()
-            losses.append(loss.item())
-        curves.append(losses)
-    return np.array(curves)
+            loss.backward()
+            optimizer.step()
+        total_loss += loss.item()
+        correct += (logits.argmax(1) == labels).sum().item()
+        n_images += len(labels)
+    return n_images
 
 
-def write_composites(folder: Path, splits: dict[str, int]) -> None:
-    """16 synthetic scenes a split, and copies of them: what a picture shows does not change the time it takes."""
-    dataset.write_demo(folder, {split: 16 for split in splits})
-    for split, count in splits.items():
-        for number in range(17, count + 1):
-            shutil.copy(folder / split / f"{number % 16 + 1}.jpg", folder / split / f"{number}.jpg")
+# --- Sections -----------------------------------------------------------------------------------------------
 
 
-def whole_runs(folder: Path, device: torch.device) -> None:
-    """Wall time and peak device memory of `train.py`, 15 epochs over 2,975 composites with 250 for validation, start-up included."""
-    write_composites(folder, {"train": 2975, "val": 250})
-    for flags in (["--batch_size", "4"], ["--batch_size", "4", "--compile"], ["--batch_size", "16"], ["--batch_size", "16", "--compile"]):
-        command = ["train.py", "--num_epochs", "15", "--encoder_weights", "none", "--data_dir", str(folder), "--device", str(device), *flags]
-        program = ("import runpy, sys, torch; sys.argv = sys.argv[1:]; sys.path.insert(0, '.'); runpy.run_path('train.py', run_name='__main__');"
-                   "print('peak', torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)")
+def compare_loop(settings: Settings) -> None:
+    """Training, validation, memory and a whole run against the plain loop."""
+    with contextlib.ExitStack() as stack:
+        sides = {name: stack.enter_context(Side()) for name in ("plain loop", *settings.precisions)}
+        sides["plain loop"].call(prepare_plain, settings)
+        kept = {name: sides[name].call(prepare_this, settings, settings.device, amp)[0]
+                for name, amp in settings.precisions.items()}
+
+        def compare(work: str) -> dict[str, list[float]]:
+            rates = by_turns({name: side.work(work) for name, side in sides.items()}, settings.repeats)
+            print_rows(rates, f"{work}, {{}}, images/s")
+            return rates
+
+        print_title("256x256", "plain loop")
+        training, validation = compare("training, batch 4"), compare("validation")
+        report_memory(sides, kept)
+        start = by_turns({name: sides[name].work("reading and encoding") for name in kept}, settings.repeats)
+        for name in kept:
+            rates = (whole_run(training[which], validation[which], start.get(which)) for which in ("plain loop", name))
+            print_row(f"whole run, batch 4, {name}, images/s", *rates)
+            print(f"    computed for {N_EPOCHS} epochs of {WHOLE_RUN['train']:,} composites and {WHOLE_RUN['val']} for "
+                  f"validation,\n    read and encoded at {statistics.median(start[name]):.1f} images/s")
+        for size in settings.batch_sizes[1:]:
+            compare(f"training, batch {size}")
+
+        print_title("Epochs of training against their decode, loss and optimizer", "those alone", "epoch")
+        for name, size in itertools.product(kept, settings.batch_sizes):
+            works = (f"bare steps, batch {size}", f"training, batch {size}")
+            rates = by_turns({work: sides[name].work(work) for work in works}, settings.repeats)
+            print_rows(rates, f"{{}}, {name}, images/s")
+
+
+def report_memory(sides: dict[str, Side], kept: dict[str, tuple[int, float]]) -> None:
+    """Peaks so far, and what grows with the data."""
+    peaks = {name: side.call(peak_memory)[0] for name, side in sides.items()}
+    for place, what in enumerate(("process", "GPU")):
+        if peaks["plain loop"][place]:
+            print_rows({name: [peak[place]] for name, peak in peaks.items()}, f"peak memory of the {what}, {{}}, MiB")
+    for name, (n_images, mebibytes) in kept.items():
+        total = sum(WHOLE_RUN.values())
+        print(f"    of it {mebibytes:.0f} MiB are features and labels of {n_images} composites in {name}; "
+              f"{total:,} take {mebibytes / n_images * total:,.0f} MiB")
+
+
+def whole_run(training: list[float], validation: list[float], start: list[float] | None) -> list[float]:
+    """Images a second over a whole run, from those of its parts, in every turn."""
+    n_images = sum(WHOLE_RUN.values())
+    once = n_images / statistics.median(start) if start else 0
+    seconds = [once + N_EPOCHS * (WHOLE_RUN["train"] / one + WHOLE_RUN["val"] / other)
+               for one, other in zip(training, validation)]
+    return [N_EPOCHS * n_images / one for one in seconds]
+
+
+def compare_growth(settings: Settings) -> None:
+    """Training at other sizes of image and of batch."""
+    epochs = {}
+    for side, batch_sizes in ((256, (4, 1, 16)), (128, (4,)), (512, (4,))):
+        setup = Setup(settings.few, settings.device, "--image_size", str(side)).keep_features()
+        for size in batch_sizes:
+            epochs[f"{side}x{side}, batch {size}"] = setup.epoch(setup.trainer(), size, settings.n_images // 2)
+    print_title("Training as images and batches grow", "256, batch 4")
+    print_rows(by_turns(epochs, settings.repeats))
+
+
+def compare_processes(settings: Settings) -> None:
+    """Two processes of one thread against one, on the CPU."""
+    with Side(1, threads=1) as one, Side(2, threads=1) as two:
+        sides = {"one": one, "two": two}
+        kept = [[sum(mebibytes for _, mebibytes in side.call(prepare_this, settings, "cpu", "auto"))]
+                for side in sides.values()]
+        print_title("Processes of one thread each, on the CPU", *sides)
+        for work in ("training, batch 4", "validation", "reading and encoding"):
+            rates = by_turns({name: side.work(work) for name, side in sides.items()}, settings.repeats)
+            print_rows(rates, f"{work}, images/s")
+        peaks = [[sum(host for host, _ in side.call(peak_memory))] for side in sides.values()]
+        print_row("features and labels kept, all together, MiB", *kept)
+        print_row("peak memory, all together, MiB", *peaks)
+
+
+def compare_peers(settings: Settings) -> None:
+    """Training against other networks with a frozen encoder."""
+    images = Setup(settings.few, settings.device)
+    setup = Setup(settings.few, settings.device).keep_features()
+    print_title("Other networks, frozen encoder, same precision, channels_last", "theirs")
+    for size in settings.batch_sizes:
+        sides = {"this": setup.epoch(setup.trainer(), size, settings.n_images // 2)}
+        for name, network, encoder in build_peers():
+            sides[name] = peer_epoch(network, encoder, images.batches, images.runtime, (size, settings.n_images // 2))
+        rates = by_turns(sides, settings.repeats)
+        for name in list(rates)[1:]:
+            print_row(f"{name}, batch {size}, images/s", rates[name], rates["this"])
+    print("    They encode in every step, from images in memory. LR-ASPP is faster, being cut at 1/8 of the size.")
+    if len(sides) == 2:
+        print("    segmentation_models_pytorch is not installed; its Unet and FPN are left out.")
+
+
+def build_peers() -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """Names, networks and their encoders."""
+    network = lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=N_CLASSES)
+    yield "torchvision LR-ASPP", network, network.backbone
+    if importlib.util.find_spec("segmentation_models_pytorch"):
+        import segmentation_models_pytorch as smp
+
+        for kind, encoder in itertools.product((smp.Unet, smp.FPN), ("timm-efficientnet-b0", "efficientnet-b0")):
+            network = kind(encoder, encoder_weights=None, classes=N_CLASSES)
+            yield f"smp {kind.__name__} {encoder}", network, network.encoder
+
+
+def peer_epoch(network: nn.Module, encoder: nn.Module, batches: Callable, runtime: utils.Runtime,
+               sizes: tuple[int, int]) -> Timed:
+    """As Trainer.step trains, with this repository's loss, precision and memory format, on another network."""
+    weights = torch.ones(N_CLASSES, device=runtime.device)
+    network.to(runtime.device, memory_format=torch.channels_last)
+    encoder.requires_grad_(False)
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=True)
+
+    def work() -> int:
+        network.train()
+        encoder.eval()
+        n_images = 0
+        for images, labels in batches(*sizes):
+            with runtime.autocast():
+                logits = network(dataset.normalize(images))
+            loss, _, _ = metrics.cross_entropy(logits["out"] if isinstance(logits, dict) else logits, labels, weights)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            n_images += len(labels)
+        return n_images
+
+    return timed(work)
+
+
+def compare_finetuning(settings: Settings) -> None:
+    """What DepthwiseConv2d of model.py gives, on a CPU with bf16."""
+    plain, ours = (Setup(settings.few, settings.device, "--finetune_encoder") for _ in range(2))
+    if plain.runtime.device.type != "cpu" or not plain.runtime.amp_dtype:
+        print("\nFine-tuning: DepthwiseConv2d is an nn.Conv2d here")
+        return
+    for module in plain.network.modules():
+        if isinstance(module, models.DepthwiseConv2d):
+            module.__class__ = nn.Conv2d
+    print_title("Fine-tuning", "nn.Conv2d")
+    epochs = {name: setup.epoch(setup.trainer(), 4, 16)
+              for name, setup in (("nn.Conv2d", plain), ("DepthwiseConv2d", ours))}
+    print_rows(by_turns(epochs, settings.repeats), "training, batch 4, {}, images/s")
+
+
+def compare_compile(settings: Settings) -> None:
+    """What --compile gives, and how long it takes."""
+    setup = Setup(settings.few, settings.device).keep_features()
+    print_title("Training with --compile", "without", "with")
+    for size in settings.batch_sizes:
+        trainers = {"without": setup.trainer(), "with": setup.trainer()}
         started = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", program, *command, "--output_dir", str(folder / "".join(flags))],
-                              cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+        trainers["with"].compile_decode(setup.args.image_size, size)
         seconds = time.perf_counter() - started
-        if done.returncode:
-            sys.exit(done.stderr)
-        peak = int(done.stdout.rsplit("peak", 1)[1])
-        print(f"15 epochs, {' '.join(flags):<28}{seconds:>8.1f} s   peak device memory {peak / 2**20:.0f} MiB", flush=True)
+        epochs = {name: setup.epoch(trainer, size, settings.n_images // 2) for name, trainer in trainers.items()}
+        print_rows(by_turns(epochs, settings.repeats), f"batch {size}, after {seconds:.0f} s of compiling, images/s")
 
 
-def plain_evaluation(model, paths, device):
-    loader = DataLoader(PlainDataset(paths), 4)
-
-    def work():
-        model.eval()
-        correct = 0
-        with torch.no_grad():
-            for images, labels in loader:
-                correct += (model(images.to(device)).argmax(1) == labels.to(device)).sum().item()
-
-    return work
+SECTIONS = {"loop": compare_loop, "growth": compare_growth, "processes": compare_processes, "peers": compare_peers,
+            "finetuning": compare_finetuning, "compile": compare_compile}
 
 
-def fast_evaluation(model, data, runtime):
-    """What train.evaluate does, without the loss, which the plain loop has not."""
-    batch_size = train.CPU_EVALUATION_BATCH if runtime.device.type == "cpu" else train.EVALUATION_BATCH
-    loader = DataLoader(data, batch_size, collate_fn=dataset.keep_batch, pin_memory=runtime.device.type == "cuda")
+# --- Whole runs ---------------------------------------------------------------------------------------------
 
-    def work():
-        model.eval()
-        totals = metrics.SegmentationMetrics(20, runtime.device)
-        with torch.inference_mode():
-            for batch in loader:
-                images, labels = dataset.split_batch(batch.to(runtime.device, non_blocking=True))
-                with runtime.autocast():
-                    logits = model(dataset.normalize(images))
-                totals.update(logits.argmax(1), labels)
-        totals.compute()
 
-    return work
+def run_train() -> None:
+    """In a process of `time_run`: train.py, and the process's peaks after that."""
+    train.main(sys.argv[1:])
+    print("peaks", *peak_memory())
+
+
+def time_run(flags: Sequence[str], shared: Sequence[str], output_dir: Path) -> None:
+    """Print a row of the table for `train.py` with some flags; its lines tell by their time what lies between."""
+    program = [sys.executable, "-c", "import benchmark; benchmark.run_train()"]
+    started, marks, lines = time.perf_counter(), {}, []
+    with subprocess.Popen([*program, *flags, *shared, "--output_dir", str(output_dir)], cwd=Path(__file__).parent,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        for line in process.stdout:
+            lines.append(line)
+            marks.setdefault(line.split(" ")[0], time.perf_counter() - started)
+    total = time.perf_counter() - started
+    if process.returncode:
+        sys.exit("".join(lines))
+    with open(output_dir / "history.csv", newline="") as file:
+        history = list(csv.DictReader(file))
+    epochs = sum(float(row["seconds"]) for row in history)
+    rate = statistics.median(float(row["images_per_second"]) for row in history)
+    start, read, encoded = marks["Device"], marks["Data"], marks["Model"]
+    seconds = "".join(f"{one:>8.1f}" for one in (start, read - start, encoded - read, epochs, total))
+    host, gpu = map(float, lines[-1].split()[1:])
+    print(f"{' '.join(flags):<28}{seconds}{rate:>10.1f}{host:>8.0f}{gpu:>8.0f}", flush=True)
+    print("".join(f"    {line}" for line in lines if line.startswith(("CUDA", "Compile", "warning"))), end="")
+
+
+def time_whole_runs(folder: Path, n_composites: int, device: str) -> None:
+    """A table of `train.py` with the flags that change its speed."""
+    counts = {name: math.ceil(count * n_composites / WHOLE_RUN["train"]) for name, count in WHOLE_RUN.items()}
+    print(f"\ntrain.py, {N_EPOCHS} epochs of {counts['train']:,} composites and {counts['val']:,} for validation: "
+          f"seconds, images/s in training, peak MiB\n{'':<28}{'start':>8}{'read':>8}{'encode':>8}{'epochs':>8}{'total':>8}"
+          f"{'images/s':>10}{'process':>8}{'GPU':>8}")
+    shared = ["--num_epochs", str(N_EPOCHS), "--encoder_weights", "none", "--device", device,
+              "--data_dir", str(copy_demo(folder / "data", counts))]
+    choices = ("--batch_size 4", "--batch_size 16", "--batch_size 4 --compile", "--batch_size 16 --compile",
+               "--batch_size 4 --no_cache")
+    for number, choice in enumerate(choices):
+        time_run(choice.split(), shared, folder / str(number))
+    print("encode holds compiling, total the report after the last epoch")
+
+
+def profile_step(folder: Path, device: str) -> None:
+    """Where the time of training goes."""
+    setup = Setup(copy_demo(folder / "few", {"train": 32, "val": 8}), device).keep_features()
+    epoch = setup.epoch(setup.trainer(), 4, 32)
+    epoch()
+    with torch.profiler.profile() as profiler:
+        epoch()
+    print("\nAn epoch of 8 steps, batch 4")
+    kind = "cpu" if setup.runtime.device.type == "cpu" else "device"
+    print(profiler.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=15, max_name_column_width=50))
+
+
+# --- Command line -------------------------------------------------------------------------------------------
+
+
+def machine() -> str:
+    """The processor's name, as far as the system tells."""
+    with contextlib.suppress(OSError, TypeError):
+        return re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1]
+    return platform.processor() or platform.machine()
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"{', '.join(SECTIONS)}; all if left out")
+    parser.add_argument("--quick", action="store_true", help="less of all, nothing compiled: within a minute")
+    parser.add_argument("--whole_runs", type=int, nargs="?", const=WHOLE_RUN["train"], metavar="N",
+                        help="instead time whole runs of train.py on N composites, %(const)s if left out, and profile a step")
+    parser.add_argument("--device", default="auto", help="as for train.py")
+    return parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer images and repeats, batch 4 alone: within a minute")
-    parser.add_argument("--whole_runs", action="store_true",
-                        help="time 15 epochs over 2,975 composites instead, batch 4 and 16, with and without --compile (for a GPU)")
-    parser.add_argument("--device", default="auto")
+    parser = get_args_parser()
     args = parser.parse_args()
-    runtime = Runtime.start(args.device, "auto")
-    device, cpu = runtime.device, torch.device("cpu")
-    n_images, repeats, batch_sizes = (12, 1, (4,)) if args.quick else (48, 5, (4, 16))
-
-    print(f"{platform.processor() or platform.machine()}, {dataset.available_cpus()} cores, {runtime}")
-    print(f"Python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}; "
-          f"{n_images} synthetic composites at 256x256, median of {repeats}\n")
-    print(f"{'':<44}{'plain loop':>11}{'this':>9}{'ratio':>7}{'spread':>8}")
-
-    def report(name: str, plain: float, this: float, ratio: float, spread: float) -> None:
-        print(f"{name:<44}{plain:>11.1f}{this:>9.1f}{ratio:>7.2f}{spread:>7.0f}%", flush=True)
-
-    def report_part(name: str, value: float) -> None:
-        print(f"{name:<44}{'':>11}{value:>9.1f}", flush=True)
-
-    # The plain loop runs in a process of its own: memory settings belong to a process, and so does its peak.
-    with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("spawn").Pool(1) as plain:
+    if unknown := set(args.sections) - set(SECTIONS):
+        parser.error(f"{min(unknown)}: expected {', '.join(SECTIONS)}")
+    runtime = utils.Runtime.start(args.device, "auto")
+    print(f"{machine()}, {utils.available_cpus()} cores; {runtime}\nPython {platform.python_version()}, "
+          f"torch {torch.__version__}, torchvision {torchvision.__version__}")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         if args.whole_runs:
-            return whole_runs(Path(folder), device)
-        write_composites(Path(folder), {"train": n_images, "many": 256 if args.quick else 1024})
-        paths, many = (dataset.list_images(Path(folder, split)) for split in ("train", "many"))
-        plain.apply(start_plain_loop, (paths, batch_sizes, device))
-
-        data = dataset.CompositeDataset(Path(folder, "train"), show_progress=False)
-        model = EfficientSegNet(20, "none").to(device, memory_format=torch.channels_last).fold_encoder()
-
-        def report_against_plain(name: str, work, n_images: int) -> None:
-            report(f"{name}, images/s", *compare(lambda: plain.apply(run_plain_loop, (name, device)), work, n_images, device, repeats))
-
-        for batch_size in batch_sizes:
-            n_steps = len(paths) // batch_size
-            epoch = fast_epoch(model, data, batch_size, runtime)
-            report_against_plain(f"training, batch {batch_size}", epoch, n_steps * batch_size)
-            if batch_size == 4:
-                peaks = zip(("process", "device"), plain.apply(peak_memory), peak_memory())
-                for name, part in (("bare network", bare_network), ("frozen encoder", encoder_alone)):
-                    share = compare(part(model, batch_size, n_steps, runtime), epoch, n_steps * batch_size, device, repeats)[2]
-                    report_part(f"  of which the {name}, % of the time", 100 * share)
-        report_against_plain("evaluation", fast_evaluation(model, data, runtime), len(paths))
-        plain_many = PlainDataset(many)
-        report("reading the data set, images/s", *compare(
-            lambda: [plain_many[i] for i in range(len(many))],
-            lambda: dataset.CompositeDataset(Path(folder, "many"), show_progress=False), len(many), cpu, repeats))
-        label_rgb = np.asarray(Image.open(paths[0]))[:, 256:]
-        decoding = rate(lambda: [dataset.decode_label(label_rgb) for _ in range(20)], 20, cpu, repeats)
-        report_part("  of which decode_label, ms", 1000 / decoding)
-        for memory, plain_peak, this_peak in peaks:
-            if plain_peak:
-                print(f"{f'peak memory of the {memory}, batch 4, MiB':<44}{plain_peak / 2**20:>11.0f}{this_peak / 2**20:>9.0f}{this_peak / plain_peak:>7.2f}")
-
-        plain_curve, fast_curve, other_order = loss_curves(data, runtime, 2 if args.quick else 40)
-        print(f"loss after {len(plain_curve)} steps: plain {plain_curve[-4:].mean():.4f}, this {fast_curve[-4:].mean():.4f}; largest difference at "
-              f"one step {np.abs(plain_curve - fast_curve).max():.4f}, with another order of the batches {np.abs(other_order - fast_curve).max():.4f}")
-
-        write_checkpoint(Path(folder, "model.pth"), {"model": model.state_dict(), "config": {"image_size": 256}})
-        segmenter = Segmenter(Path(folder, "model.pth"), args.device)
-        photo = Image.fromarray(dataset.draw_scene(0)[0]).resize((2048, 1024))
-        report_part("predicting a photo of 2048x1024, ms", 1000 / rate(lambda: segmenter(photo), 1, device, 5))
+            time_whole_runs(folder, args.whole_runs, args.device)
+            profile_step(folder, args.device)
+            return
+        few = copy_demo(folder / "few", {"train": 16, "val": 4} if args.quick else {"train": 32, "val": 4})
+        many = copy_demo(folder / "many", {"train": 24, "val": 8} if args.quick else {"train": 288, "val": 96})
+        fast = {str(runtime.amp_dtype).removeprefix("torch."): "auto"} if runtime.amp_dtype else {}
+        sizes = ((4,), 16, 2) if args.quick else ((4, 16), 64, 5)
+        settings = Settings(few, many, args.device, {"float32": "off"} | fast, *sizes)
+        print(f"medians of {settings.repeats}; epochs of {settings.n_images} or {settings.n_images // 2} composites")
+        for section in args.sections or [one for one in SECTIONS if not (args.quick and one == "compile")]:
+            SECTIONS[section](settings)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ import io
 import multiprocessing
 import os
 import shutil
+import socket
 import sys
 from pathlib import Path
 
@@ -11,13 +12,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts lie flat in the repository's root
 
-import dataset  # noqa: E402
 import train  # noqa: E402
+from draw_demo import write_scenes  # noqa: E402
 
-# A fork server that has imported torch once starts a process in milliseconds, where an interpreter of its own needs seconds.
+# A fork server that has imported torch once starts a process in milliseconds, where an interpreter needs seconds.
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["train", "predict"])
-SMALL = ["--encoder_weights", "none", "--image_size", "64", "--device", "cpu"]  # an epoch of a few scenes in a second
+SMALL = ["--encoder_weights", "none", "--image_size", "64", "--device", "cpu"]  # an epoch of few scenes in a second
 
 
 def run_in_process(main, argv, log, environment):
@@ -37,11 +38,29 @@ def start(main, argv, log, **environment):
     return process
 
 
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return str(server.getsockname()[1])
+
+
+def run_ranks(main, argv, n_ranks, folder, seconds=180):
+    """Run the processes that torchrun would start, to their end; their exit statuses and logs."""
+    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(n_ranks),
+                 "LOCAL_WORLD_SIZE": str(n_ranks), "OMP_NUM_THREADS": "1"}
+    logs = [folder / f"rank{rank}of{n_ranks}" for rank in range(n_ranks)]
+    processes = [start(main, argv, log, RANK=str(rank), LOCAL_RANK=str(rank), **variables)
+                 for rank, log in enumerate(logs)]
+    for process in processes:
+        process.join(seconds)
+    return [process.exitcode for process in processes], [log.read_text() for log in logs]
+
+
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory):
     """A data folder with 8 training and 7 validation composites of synthetic scenes. Not to be changed."""
     folder = tmp_path_factory.mktemp("scenes")
-    dataset.write_demo(folder, {"train": 8, "val": 7})
+    write_scenes(folder, {"train": 8, "val": 7})
     return folder
 
 

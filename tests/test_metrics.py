@@ -1,10 +1,12 @@
-"""metrics.py: each figure against hand-worked cases and a slow loop over pixels."""
+"""metrics.py: each figure against hand-worked cases and a slow loop over pixels, the loss against torch's own."""
 import math
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from metrics import SegmentationMetrics, cross_entropy
+from metrics import SegmentationMetrics, cross_entropy, score_stretched
 
 
 def compute(predictions, labels, n_classes=20):
@@ -75,18 +77,117 @@ def test_loss_is_per_pixel_however_the_split_is_divided():
     for sizes in ([5], [2, 3], [1, 1, 3]):
         totals = SegmentationMetrics(4)
         for part, truth in zip(logits.split(sizes), labels.split(sizes)):
-            totals.update(part.argmax(1), truth, cross_entropy(part, truth))
-        assert totals.compute()["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), abs=1e-6)
+            totals.update(part.argmax(1), truth, F.cross_entropy(part, truth))
+        assert totals.compute()["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), abs=1e-6)
+
+
+def test_counts_are_exact_above_what_float32_holds_and_under_autocast():
+    totals = SegmentationMetrics(2)
+    labels = torch.zeros((1, 2**12, 2**12 + 1), dtype=torch.uint8)  # 2**24 + 2**12 pixels
+    with torch.autocast("cpu", torch.bfloat16):
+        totals.update(labels, labels)
+        totals.update(labels, labels)
+    assert totals.confusion.tolist() == [[2**25 + 2**13, 0], [0, 0]]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="counts on a GPU in another way than on a CPU")
+def test_counts_on_a_gpu_are_exact_and_do_not_make_the_host_wait():
+    labels, predictions = torch.randint(60, (2, 3, 2048, 2048), dtype=torch.uint8, device="cuda")
+    on_gpu, on_cpu = SegmentationMetrics(60, "cuda"), SegmentationMetrics(60)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        on_gpu.update(predictions, labels)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    on_cpu.update(predictions.cpu(), labels.cpu())
+    assert torch.equal(on_gpu.confusion.cpu(), on_cpu.confusion)
+
+
+def test_reset_counts_from_zero_in_the_same_tensors():
+    totals = SegmentationMetrics(3)
+    confusion, label = totals.confusion, torch.ones((1, 2, 2), dtype=torch.uint8)
+    totals.update(label, label, torch.tensor(2.0))
+    totals.reset()
+    totals.update(label, label, torch.tensor(1.0))
+    assert totals.confusion is confusion and confusion.sum() == 4 and totals.compute()["loss"] == 1
+
+
+def test_the_table_has_a_line_a_class_and_one_for_all():
+    totals = SegmentationMetrics(3)
+    totals.update(torch.tensor([[[0, 1, 1]]]), torch.tensor([[[0, 1, 0]]]))
+    lines = totals.table(["void", "a road", "never seen"]).splitlines()
+    assert lines[0].split() == ["class", "dice", "iou", "accuracy", "share", "of", "pixels"]
+    assert lines[2].split() == ["a", "road", "0.6667", "1.0000", "1.0000", "33.33%"]
+    assert lines[3].split() == ["never", "seen", "-", "-", "-", "0.00%"] and lines[-1].startswith("dice 0.6667  mean_dice")
+
+
+def test_the_picture_of_the_confusion_matrix_leaves_absent_classes_blank(tmp_path):
+    totals = SegmentationMetrics(3)
+    totals.update(torch.tensor([[[0, 1, 1]]]), torch.tensor([[[0, 1, 0]]]))
+    axes = totals.plot(["a", "b", "c"]).axes[0]
+    assert sorted(text.get_text() for text in axes.texts) == ["100", "50", "50"]
+    assert np.isnan(np.asarray(axes.images[0].get_array().filled(np.nan))[2]).all()
+
+
+# --- The loss -----------------------------------------------------------------------------------------------
+
+
+def make_logits(dtype=torch.float32, memory_format=torch.channels_last):
+    generator = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(2, 20, 8, 8, generator=generator)).to(dtype).contiguous(memory_format=memory_format)
+    labels = torch.randint(20, (2, 8, 8), generator=generator, dtype=torch.uint8)
+    return logits.requires_grad_(), labels, torch.linspace(0.5, 2, 20)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_cross_entropy_equals_torchs_on_four_dimensions(memory_format):
-    logits = torch.randn(2, 20, 8, 8).contiguous(memory_format=memory_format)
-    labels = torch.randint(20, (2, 8, 8), dtype=torch.uint8)
-    torch.testing.assert_close(cross_entropy(logits, labels), torch.nn.functional.cross_entropy(logits, labels.long()))
-    per_pixel = cross_entropy(logits, labels, reduction="none")
-    torch.testing.assert_close(per_pixel, torch.nn.functional.cross_entropy(logits, labels.long(), reduction="none"))
-    assert cross_entropy(logits.bfloat16(), labels).dtype == torch.float32
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_cross_entropy_is_torchs_with_its_gradient(dtype, memory_format):
+    logits, labels, class_weights = make_logits(dtype, memory_format)
+    loss, plain_loss, predictions = cross_entropy(logits, labels, class_weights)
+    again = logits.detach().float().requires_grad_()
+    expected = F.cross_entropy(again, labels.long(), class_weights, reduction="sum") / labels.numel()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(plain_loss, F.cross_entropy(again, labels.long()))
+    assert torch.equal(predictions, logits.argmax(1)) and predictions.dtype == torch.uint8
+    loss.backward()
+    expected.backward()
+    assert logits.grad.dtype == dtype
+    torch.testing.assert_close(logits.grad, again.grad.to(dtype))
+
+
+def test_the_loss_scale_of_fp16_is_applied_before_the_gradient_is_rounded():
+    """A pixel's gradient of 1e-9 is zero in float16; times 2**16 it is not."""
+    logits, labels, _ = make_logits(torch.float16)
+    loss, _, _ = cross_entropy(logits, labels, torch.full((20,), 1e-6))
+    (loss * 2**16).backward()
+    again = logits.detach().float().requires_grad_()
+    (F.cross_entropy(again, labels.long()) * 1e-6 * 2**16).backward()
+    torch.testing.assert_close(logits.grad.float(), again.grad, rtol=2e-3, atol=1e-7)
+    assert (logits.grad != 0).float().mean() > 0.8
+
+
+def test_tied_logits_count_as_argmax_counts_them():
+    logits = torch.randint(3, (2, 20, 16, 16)).bfloat16()  # every pixel has ties
+    _, _, predictions = cross_entropy(logits, torch.zeros((2, 16, 16), dtype=torch.uint8), torch.ones(20))
+    assert torch.equal(predictions, logits.argmax(1))
+
+
+def test_logits_that_are_no_numbers_give_a_loss_that_is_none_and_predictions_that_count():
+    logits, labels, class_weights = make_logits()
+    with torch.no_grad():
+        logits[0, 3, 2, 2] = torch.nan
+    _, plain_loss, predictions = cross_entropy(logits, labels, class_weights)
+    assert plain_loss.isnan() and predictions.max() < 20
+
+
+@pytest.mark.parametrize("size", [(8, 8), (37, 21)])
+def test_stretched_logits_are_scored_as_interpolation_argmax_and_cross_entropy_do(size):
+    logits, labels = torch.randn(20, 8, 8), torch.randint(20, size, dtype=torch.uint8)
+    predictions, loss = score_stretched(logits, size, labels)
+    stretched = F.interpolate(logits[None], size=size, mode="bilinear", align_corners=False)
+    assert torch.equal(predictions.long(), stretched[0].argmax(0))
+    torch.testing.assert_close(loss, F.cross_entropy(stretched, labels.long()[None]))
+    assert torch.equal(score_stretched(logits, size)[0], predictions)
 
 
 @pytest.mark.parametrize("predictions", [torch.zeros(1, 20, 4, 4), torch.zeros(1, 4, 4), torch.zeros((1, 4, 5), dtype=torch.int64)])

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torchvision.models import EfficientNet_B0_Weights, efficientnet_b0
 
 import model as models
-from model import EfficientSegNet, SegNetDecoder, WeightsError
+from model import EfficientSegNet, SegNetDecoder, WeightsError, fold_batch_norms
 
 # (expansion, kernel, stride, in, out, repeats) of features[1..7], table 1 of the EfficientNet paper
 B0_STAGES = [(1, 3, 1, 32, 16, 1), (6, 3, 2, 16, 24, 2), (6, 5, 2, 24, 40, 2), (6, 3, 2, 40, 80, 3), (6, 5, 1, 80, 112, 3),
@@ -104,14 +104,57 @@ def test_decoder_resizes_its_skip_and_does_without():
     assert decoder(torch.randn(1, 6, 5, 7)).shape == (1, 4, 10, 14)
 
 
-def test_folded_encoder_gives_the_same_logits_and_state_dict(network):
-    images, keys = torch.randn(2, 3, 64, 64), list(network.state_dict())
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (7, 3), (8, 8)])
+def test_one_kernel_is_upsampling_and_convolution_with_every_gradient(shape):
+    """In float64, at the borders too, against the two steps one after the other."""
+    torch.manual_seed(0)
+    upsampler, conv = torch.nn.ConvTranspose2d(5, 4, 2, stride=2).double(), torch.nn.Conv2d(4, 3, 3, padding=1).double()
+    x = torch.randn(2, 5, *shape, dtype=torch.float64, requires_grad=True)
+    leaves = [x, *upsampler.parameters(), *conv.parameters()]
+    one, two = models.upsample_and_convolve(x, upsampler, conv), conv(upsampler(x))
+    torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+    weight = torch.randn_like(two)
+    for left, right in zip(*(torch.autograd.grad((y * weight).sum(), leaves) for y in (one, two))):
+        torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
+
+
+def test_the_kernel_is_formed_in_float32_under_autocast():
+    upsampler, conv = torch.nn.ConvTranspose2d(5, 4, 2, stride=2), torch.nn.Conv2d(4, 3, 3, padding=1)
+    x = torch.randn(1, 5, 6, 6).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = models.upsample_and_convolve(x, upsampler, conv)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), conv(upsampler(x.float())), rtol=0.02, atol=0.02)
+
+
+def test_forward_is_decode_after_encode(network):
+    images = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
-        plain = network(images)
-        folded = network.fold_encoder()(images)
-    network._folded_encoders = ()
-    torch.testing.assert_close(folded, plain, rtol=1e-3, atol=1e-4)
+        features = network.encode(images)
+        assert [tuple(one.shape[1:]) for one in features] == [(24, 16, 24), (40, 8, 12), (80, 4, 6), (112, 4, 6), (1280, 2, 3)]
+        assert torch.equal(network.decode(features), network(images))
+
+
+def test_folded_batch_norms_give_the_same_logits_and_leave_the_network_alone(network):
+    images, keys = torch.randn(2, 3, 64, 64), list(network.state_dict())
+    folded = fold_batch_norms(network)
+    assert not any(isinstance(layer, torch.nn.BatchNorm2d) for layer in folded.modules())
+    assert not any(parameter.requires_grad for parameter in folded.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(folded(images), network(images), rtol=1e-3, atol=1e-4)
     assert list(network.state_dict()) == keys
+
+
+@pytest.mark.parametrize("move", [lambda net: net.double(), lambda net: net.to(torch.float64).cpu()])
+def test_a_folded_network_follows_its_dtype_and_device(network, move):
+    """None of it is hidden from .to(), as a tuple of modules would be."""
+    images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    moved = move(fold_batch_norms(network))
+    assert {tensor.dtype for tensor in moved.state_dict().values() if tensor.is_floating_point()} == {torch.float64}
+    with torch.no_grad():
+        logits = moved(images)
+        assert logits.dtype == torch.float64
+        torch.testing.assert_close(logits.float(), network(images.float()), rtol=1e-3, atol=1e-4)
 
 
 def train_a_little(network):
@@ -130,27 +173,29 @@ def test_frozen_encoder_never_changes_and_keeps_no_graph():
     train_a_little(network)
     changed = {name for name, tensor in network.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed == {name for name in before if not name.startswith("encoder")}
-    assert all(not features.requires_grad for features in network.encode(torch.randn(1, 3, 64, 64)))
+    images = torch.randn(1, 3, 64, 64, requires_grad=True)
+    assert all(not features.requires_grad for features in network.encode(images))
 
 
 def test_finetuning_changes_encoder_weights_but_not_its_statistics():
     network = EfficientSegNet(20, "none", finetune_encoder=True)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    train_a_little(network.fold_encoder())
+    train_a_little(network)
     changed = {name for name, tensor in network.state_dict().items() if not torch.equal(tensor, before[name])}
     statistics = {name for name in before if name.startswith("encoder") and name.rsplit(".", 1)[1] in
                   ("running_mean", "running_var", "num_batches_tracked")}
     assert changed == set(before) - statistics
 
 
-def test_finetuned_depthwise_convolutions_stay_in_float32_under_bf16():
+def test_depthwise_convolutions_stay_in_float32_under_bf16():
     network = EfficientSegNet(20, "none", finetune_encoder=True)
     layer = network.encoder5[0][0].block[1][0]
     x = torch.randn(2, layer.in_channels, 8, 8).bfloat16()
-    expected = F.conv2d(x.float(), layer.weight, stride=layer.stride, padding=layer.padding, groups=layer.groups)
+    options = {"stride": layer.stride, "padding": layer.padding, "groups": layer.groups}
+    expected = F.conv2d(x.float(), layer.weight, **options)
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
-        assert not torch.equal(F.conv2d(x, layer.weight, None, layer.stride, layer.padding, groups=layer.groups), y)  # bf16 rounds the weights
+        assert not torch.equal(F.conv2d(x, layer.weight, **options), y)  # bf16 rounds the weights
     assert y.dtype == torch.bfloat16 and torch.equal(y, expected.bfloat16())
 
 
@@ -178,55 +223,74 @@ def test_failed_download_names_file_place_and_flag(tmp_path, monkeypatch):
     assert "--encoder_weights FILE" in str(error.value) and "no network" in str(error.value)
 
 
-def test_checkpoints_of_other_trainings_are_accepted(network, tmp_path):
-    own = network.state_dict()
-    base_model = {f"base_model.{key}": value for key, value in efficientnet_b0().state_dict().items()}
-    spellings = {
-        "ours": {"model": own, "config": {"image_size": 128}},
-        "bare": own,
-        "with_base_model": own | base_model,
-        "data_parallel": {f"module.{key}": value for key, value in (own | base_model).items()},
-        "wrapped": {"state_dict": {f"module.{key}": value for key, value in own.items()}, "epoch": 3},
-        "compiled": {f"_orig_mod.{key}": value for key, value in own.items()},
-    }
-    images = torch.randn(1, 3, 64, 64)
-    for name, content in spellings.items():
-        torch.save(content, tmp_path / f"{name}.pth")
-        checkpoint = models.load_checkpoint(tmp_path / f"{name}.pth")
-        loaded = models.model_from_checkpoint(checkpoint, name).eval()
-        assert list(loaded.state_dict()) == list(own), name
-        with torch.no_grad():
-            assert torch.equal(loaded(images), network(images)), name
-    assert models.load_checkpoint(tmp_path / "ours.pth")["config"] == {"image_size": 128}
-    assert models.load_checkpoint(tmp_path / "bare.pth")["config"] == {}
+def wrapped_in_module(state_dict):
+    return {f"module.{key}": value for key, value in state_dict.items()}
+
+
+def with_base_model(state_dict):
+    return state_dict | {f"base_model.{key}": value for key, value in efficientnet_b0().state_dict().items()}
+
+
+SPELLINGS = {
+    "ours": lambda own: {"model": own, "config": {"image_size": 128}},
+    "bare": lambda own: own,
+    "base_model": with_base_model,
+    "data_parallel": lambda own: wrapped_in_module(with_base_model(own)),
+    "wrapped": lambda own: {"state_dict": wrapped_in_module(own), "epoch": 3},
+    "compiled": lambda own: {f"_orig_mod.{key}": value for key, value in own.items()},
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_checkpoints_of_other_trainings_are_accepted(network, tmp_path, spelling):
+    own, path, images = network.state_dict(), tmp_path / "checkpoint.pth", torch.randn(1, 3, 64, 64)
+    torch.save(SPELLINGS[spelling](own), path)
+    checkpoint = models.load_checkpoint(path)
+    loaded = models.model_from_checkpoint(checkpoint, path).eval()
+    assert list(loaded.state_dict()) == list(own)
+    assert checkpoint["config"] == ({"image_size": 128} if spelling == "ours" else {})
+    with torch.no_grad():
+        assert torch.equal(loaded(images), network(images))
 
 
 class Malicious:
+    """Opens a file when it is unpickled."""
+
     def __init__(self, path):
-        self.path = path
+        self.path = path.with_suffix(".pwned")
 
     def __reduce__(self):
         return open, (str(self.path), "w")
 
 
-def test_what_is_no_checkpoint_is_refused_in_one_line(network, tmp_path):
-    torch.save({"out.weight": torch.zeros(20, 24, 1, 1)}, tmp_path / "other.pth")
-    torch.save(network.state_dict() | {"encoder1.0.0.weight": torch.zeros(1)}, tmp_path / "shape.pth")
-    torch.save(efficientnet_b0().state_dict(), tmp_path / "backbone.pth")
-    torch.save([1, 2], tmp_path / "list.pth")
-    whole = (tmp_path / "shape.pth").read_bytes()
-    (tmp_path / "truncated.pth").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "empty.pth").write_bytes(b"")
-    (tmp_path / "text.pth").write_text("not a checkpoint")
-    (tmp_path / "folder.pth").mkdir()
-    torch.save({"model": network.state_dict(), "x": Malicious(tmp_path / "pwned")}, tmp_path / "malicious.pth")
-    (tmp_path / "pickle.pth").write_bytes(pickle.dumps(Malicious(tmp_path / "pwned")))
-    for name in ("other", "shape", "backbone", "list", "truncated", "empty", "text", "folder", "malicious", "pickle", "absent"):
-        path = tmp_path / f"{name}.pth"
-        with pytest.raises(WeightsError) as error:
-            models.model_from_checkpoint(models.load_checkpoint(path), path)
-        assert str(path) in str(error.value), name
-    assert not (tmp_path / "pwned").exists()
+def save_half(network, path):
+    torch.save(network.state_dict(), path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+NO_CHECKPOINTS = {
+    "other": lambda network, path: torch.save({"out.weight": torch.zeros(20, 24, 1, 1)}, path),
+    "shape": lambda network, path: torch.save(network.state_dict() | {"encoder1.0.0.weight": torch.zeros(1)}, path),
+    "backbone": lambda network, path: torch.save(efficientnet_b0().state_dict(), path),
+    "list": lambda network, path: torch.save([1, 2], path),
+    "truncated": save_half,
+    "empty": lambda network, path: path.write_bytes(b""),
+    "text": lambda network, path: path.write_text("not a checkpoint"),
+    "folder": lambda network, path: path.mkdir(),
+    "absent": lambda network, path: None,
+    "malicious": lambda network, path: torch.save({"model": network.state_dict(), "x": Malicious(path)}, path),
+    "pickle": lambda network, path: path.write_bytes(pickle.dumps(Malicious(path))),
+}
+
+
+@pytest.mark.parametrize("kind", NO_CHECKPOINTS)
+def test_what_is_no_checkpoint_is_refused_in_one_line(network, tmp_path, kind):
+    path = tmp_path / "checkpoint.pth"
+    NO_CHECKPOINTS[kind](network, path)
+    with pytest.raises(WeightsError) as error:
+        models.model_from_checkpoint(models.load_checkpoint(path), path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert not path.with_suffix(".pwned").exists()
 
 
 def test_encoder_weights_of_another_network_are_refused(tmp_path):
@@ -235,13 +299,39 @@ def test_encoder_weights_of_another_network_are_refused(tmp_path):
         EfficientSegNet(20, tmp_path / "resnet.pth")
 
 
-def test_exported_network_gives_the_same_logits(network):
-    """The README's two lines."""
-    images = torch.randn(1, 3, 64, 64)
+def exported(network, folder):
+    """The README's torch.export lines, with a batch of any size."""
+    images = torch.randn(2, 3, 64, 64)
+    program = torch.export.export(network, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.export.save(program, folder / "model.pt2")
+    return torch.export.load(folder / "model.pt2").module()
+
+
+def traced(network, folder):
+    torch.jit.trace(network, torch.randn(1, 3, 64, 64)).save(folder / "model.ts")
+    return torch.jit.load(folder / "model.ts")
+
+
+def onnx_exported(network, folder):
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name, reason="ONNX is exported only where onnx, onnxscript and onnxruntime are installed")
+    import onnxruntime
+    shapes = ({0: torch.export.Dim("batch")},)
+    torch.onnx.export(network, (torch.randn(2, 3, 64, 64),), folder / "model.onnx", dynamo=True, dynamic_shapes=shapes)
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    name = session.get_inputs()[0].name
+    return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
+
+
+@pytest.mark.parametrize("export", [exported, traced, onnx_exported])
+@pytest.mark.parametrize("folded", [True, False])
+def test_an_exported_network_gives_the_same_logits(network, tmp_path, export, folded):
+    network = fold_batch_norms(network) if folded else network
+    again = export(network, tmp_path)
     with torch.no_grad():
-        expected = network(images)
-        torch.testing.assert_close(torch.export.export(network, (images,)).module()(images), expected, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(torch.jit.trace(network, images)(images), expected, rtol=1e-4, atol=1e-5)
+        for n_images in (1, 3) if export is not traced else (1,):
+            images = torch.randn(n_images, 3, 64, 64)
+            torch.testing.assert_close(again(images), network(images), rtol=1e-4, atol=1e-4)
 
 
 def test_random_encoder_keeps_its_signal():

@@ -1,6 +1,6 @@
 """utils.py: arguments, devices, files that are whole at every moment, pictures."""
-import json
 import os
+import threading
 
 import numpy as np
 import pytest
@@ -13,7 +13,9 @@ from utils import UserError
 
 def make_parser():
     parser = utils.ArgumentParser(prog="tool.py")
-    parser.add_argument("--batch_size", type=utils.positive_int, default=4)
+    parser.add_argument("--batch_size", type=utils.whole_number(1), default=4)
+    parser.add_argument("--image_size", type=utils.whole_number(32, multiple=32), default=64)
+    parser.add_argument("--seed", type=utils.whole_number(0, 2**63 - 1), default=0)
     parser.add_argument("--learning_rate", type=utils.positive_float, default=1e-3)
     return parser
 
@@ -24,6 +26,11 @@ def make_parser():
     (["--zzz"], "unknown argument --zzz (see --help)"),
     (["--batch_size", "0"], "0: expected a whole number of 1 or more"),
     (["--batch_size", "2.5"], "2.5: expected a whole number"),
+    (["--image_size", "100"], "100: expected a multiple of 32 of 32 or more"),
+    (["--image_size", "-32"], "-32: expected a multiple of 32"),
+    (["--seed", "-1"], "-1: expected a whole number of 0 or more, at most 9223372036854775807"),
+    (["--seed", str(2**64)], "expected a whole number of 0 or more, at most"),
+    (["--seed", "9" * 5000], "expected a whole number of 0 or more, at most"),
     (["--learning_rate", "-1"], "-1: expected a number above 0"),
     (["--learning_rate", "nan"], "nan: expected a number above 0"),
     (["--learning_rate", "fast"], "fast: expected a number above 0"),
@@ -33,6 +40,11 @@ def test_wrong_arguments_end_in_one_line_and_status_2(arguments, message, capsys
         make_parser().parse_args(arguments)
     error = capsys.readouterr().err
     assert end.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_whole_numbers_within_their_range_are_taken():
+    args = make_parser().parse_args(["--image_size", "96", "--seed", str(2**63 - 1), "--batch_size", " 3 "])
+    assert (args.image_size, args.seed, args.batch_size) == (96, 2**63 - 1, 3)
 
 
 def test_user_errors_become_one_line_and_status_1(capsys):
@@ -75,14 +87,29 @@ def test_devices_that_are_not_here_are_refused(name):
                                                ((8, 6), torch.bfloat16), ((9, 0), torch.bfloat16)])
 def test_auto_precision_is_what_the_card_is_fast_at(capability, dtype, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Something")
     assert utils.select_amp("auto", torch.device("cuda:0"))[0] is dtype
     assert utils.select_amp("off", torch.device("cuda:0"))[0] is None
 
 
-def test_auto_precision_on_the_cpu_follows_its_instructions(monkeypatch):
-    for has_bf16 in (True, False):
-        monkeypatch.setattr(utils, "cpu_has_bf16", lambda: has_bf16)
-        assert utils.select_amp("auto", torch.device("cpu"))[0] is (torch.bfloat16 if has_bf16 else None)
+def test_a_gtx_16xx_runs_in_float32_though_its_capability_is_a_tensor_cores(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce GTX 1660 Ti")
+    assert utils.select_amp("auto", torch.device("cuda:0")) == (None, "GTX 16xx is known for NaN in fp16")
+
+
+@pytest.mark.parametrize("flags, dtype", [
+    ("fpu avx2 avx512f avx512_bf16 vnni", torch.bfloat16),
+    ("fpu avx2 amx_bf16 amx_tile", torch.bfloat16),
+    ("fpu avx2 avx512f", None),
+    (None, None),  # not Linux
+])
+def test_auto_precision_on_the_cpu_follows_its_instructions(flags, dtype, tmp_path, monkeypatch):
+    if flags:
+        (tmp_path / "cpuinfo").write_text(f"model name\t: CPU\nflags\t\t: {flags}\n")
+    has_bf16 = utils.cpu_has_bf16(tmp_path / "cpuinfo")
+    monkeypatch.setattr(utils, "cpu_has_bf16", lambda: has_bf16)
+    assert utils.select_amp("auto", torch.device("cpu"))[0] is dtype
 
 
 def test_a_failed_write_leaves_the_previous_file_whole(tmp_path, monkeypatch):
@@ -98,11 +125,68 @@ def test_a_failed_write_leaves_the_previous_file_whole(tmp_path, monkeypatch):
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["last.pth"]
 
 
+def test_temporary_names_are_each_process_s_own(tmp_path, monkeypatch):
+    first = utils.temporary_name(tmp_path / "last.pth")
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    assert first != utils.temporary_name(tmp_path / "last.pth") and first.parent == tmp_path
+
+
+def test_a_locked_folder_is_one_process_s_at_a_time(tmp_path):
+    with utils.locked_dir(tmp_path / "run", "--output_dir"):
+        with pytest.raises(UserError, match="--output_dir .*run: another process is at work there"):
+            with utils.locked_dir(tmp_path / "run", "--output_dir"):
+                pass
+    with utils.locked_dir(tmp_path / "run", "--output_dir"):
+        assert os.listdir(tmp_path / "run") == []
+
+
+def test_an_exclusive_write_replaces_nothing(tmp_path):
+    utils.write_file(tmp_path / "config.json", b"one", exclusive=True)
+    with pytest.raises(UserError, match="another process wrote it first"):
+        utils.write_file(tmp_path / "config.json", b"two", exclusive=True)
+    assert (tmp_path / "config.json").read_bytes() == b"one" and os.listdir(tmp_path) == ["config.json"]
+
+
+def test_new_folders_get_a_number_where_their_name_is_taken(tmp_path):
+    made = [utils.make_new_dir(tmp_path / "runs" / "now").name for _ in range(3)]
+    assert made == ["now", "now-2", "now-3"]
+
+
+def test_available_memory_is_what_the_machine_and_its_container_leave(tmp_path):
+    assert utils.available_memory(tmp_path) is None
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal:  9000 kB\nMemFree:  100 kB\nMemAvailable:    8000 kB\n")
+    assert utils.available_memory(tmp_path) == 8000 * 1024
+    cgroup = tmp_path / "sys" / "fs" / "cgroup"
+    cgroup.mkdir(parents=True)
+    for name, text in (("memory.max", "max\n"), ("memory.current", "3000000\n"),
+                       ("memory.stat", "anon 5\ninactive_file 1000000\n")):
+        (cgroup / name).write_text(text)
+    assert utils.available_memory(tmp_path) == 8000 * 1024
+    (cgroup / "memory.max").write_text("5000000\n")
+    assert utils.available_memory(tmp_path) == 3_000_000
+
+
+def test_stopping_works_outside_the_main_thread(capsys):
+    statuses = []
+
+    def work():
+        try:
+            with utils.stoppable():
+                raise KeyboardInterrupt
+        except SystemExit as end:
+            statuses.append(end.code)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert statuses == [130] and "stopped by SIGINT; nothing was finished" in capsys.readouterr().err
+
+
 def test_csv_keeps_six_digits_and_leaves_nan_empty(tmp_path):
-    utils.write_csv(tmp_path / "a.csv", [{"class": "traffic light", "dice": 0.123456789, "iou": float("nan"), "pixels": 12345678}])
+    row = {"class": "traffic light", "dice": 0.123456789, "iou": float("nan"), "pixels": 12345678}
+    utils.write_csv(tmp_path / "a.csv", [row])
     assert (tmp_path / "a.csv").read_text() == "class,dice,iou,pixels\ntraffic light,0.123457,,12345678\n"
-    utils.write_json(tmp_path / "a.json", {"a": 1})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
@@ -111,15 +195,20 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
         utils.make_dir(tmp_path / "file" / "below", "--output")
 
 
-def test_pictures_are_drawn(tmp_path):
-    names, palette = [f"class {i}" for i in range(20)], np.random.default_rng(0).integers(256, size=(20, 3), dtype=np.uint8)
+NAMES, COLORS = [f"class {i}" for i in range(20)], np.random.default_rng(0).integers(256, size=(20, 3), dtype=np.uint8)
+
+
+def test_curves_are_drawn_and_say_at_which_size_they_were_scored(tmp_path):
     row = {"epoch": 1, "train_loss": 2.0, "val_loss": 2.5, "train_dice": 0.5, "val_dice": 0.4}
-    utils.plot_curves([row], tmp_path / "curves.png")
-    utils.plot_confusion_matrix(np.eye(20), names, tmp_path / "confusion.png")
-    labels = np.arange(20, dtype=np.uint8).reshape(1, 4, 5)
-    utils.plot_predictions(np.zeros((1, 4, 5, 3), np.uint8), labels, labels, names, palette, tmp_path / "predictions.png")
-    for name in ("curves", "confusion", "predictions"):
-        assert np.asarray(Image.open(tmp_path / f"{name}.png")).std() > 5  # not an empty canvas
-    photo = Image.new("RGB", (40, 30), "white")
-    overlay = utils.draw_overlay(photo, np.zeros((30, 40), np.uint8), names, palette)
-    assert overlay.height > 30 and np.abs(np.asarray(overlay)[10, 10] - (0.45 * 255 + 0.55 * palette[0])).max() <= 1
+    figure = utils.plot_curves([row], 128)
+    utils.save_figure(tmp_path / "curves.png", figure)
+    legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert legend == ["train, at 128x128", "validation, at the composites' size"]
+    assert np.asarray(Image.open(tmp_path / "curves.png")).std() > 5  # not an empty canvas
+
+
+def test_predictions_are_drawn_for_labels_of_other_sizes_than_photos(tmp_path):
+    label = np.arange(20, dtype=np.uint8).reshape(4, 5)
+    sample = (np.zeros((8, 10, 3), np.uint8), label, label)
+    utils.save_figure(tmp_path / "predictions.png", utils.plot_predictions([sample, sample], NAMES, COLORS))
+    assert np.asarray(Image.open(tmp_path / "predictions.png")).std() > 5
