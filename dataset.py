@@ -226,7 +226,8 @@ def check_table(classes: tuple[SegmentationClass, ...], void_colors: dict[str, t
                            "give 2 to 60 classes and at most 255 colours in all")
     seen = {}
     for name, color in entries:
-        if len(color) != 3 or any(level not in range(256) for level in color):
+        is_triple = isinstance(color, (tuple, list)) and len(color) == 3
+        if not is_triple or any(level not in range(256) for level in color):
             raise DatasetError(f"dataset.py: {name!r} has the colour {color}; "
                                "give three whole numbers from 0 to 255")
         if tuple(color) in seen:
@@ -272,8 +273,8 @@ def check_classes(names: Sequence[str], colors: Sequence, owner: str | Path) -> 
         here = CLASSES[i] if i < len(CLASSES) else None
         if not here or (name, tuple(color)) != (here.name, tuple(here.color)):
             known = f"{here.name} {here.color}" if here else "missing"
-            raise DatasetError(f"{owner}: its class {i} is {name} {tuple(color)}, in CLASSES of dataset.py it is "
-                               f"{known}; restore CLASSES as it was in training, or train anew")
+            raise DatasetError(f"{owner}: its class {i} is {name} {tuple(color)}, in CLASSES of dataset.py "
+                               f"it is {known}; restore CLASSES as it was in training, or train anew")
 
 
 def colorize(label: np.ndarray) -> np.ndarray:

@@ -31,8 +31,8 @@ class CrossEntropy(torch.autograd.Function):
         index = labels.long()[:, None]  # (B, 1, H, W)
         true_scores, top = scores.gather(1, index), scores.amax(1, keepdim=True)
         # bf16 logits tie: like argmax take the first of the best, here the highest of C, C - 1, ...
-        ranks = torch.arange(C, 0, -1, dtype=torch.float32, device=scores.device).view(1, C, 1, 1)
-        predictions = (C - torch.where(scores == top, ranks, 1).amax(1)).to(torch.uint8)
+        ranks = torch.arange(C, 0, -1, dtype=torch.uint8, device=scores.device).view(1, C, 1, 1)
+        predictions = C - ((scores == top) * ranks).amax(1).clamp_(min=1)  # NaN is no maximum
         sums = scores.sub_(top).exp_().sum(1, keepdim=True)
         losses = sums.log() + top - true_scores  # (B, 1, H, W)
         pixel_weights = class_weights[index]
@@ -48,7 +48,7 @@ class CrossEntropy(torch.autograd.Function):
         softmax, index, pixel_weights = ctx.saved_tensors
         softmax.scatter_add_(1, index, softmax.new_full(index.shape, -1))
         softmax.mul_(pixel_weights * (grad / pixel_weights.numel()))  # in float32, fp16's loss scale included
-        return softmax.to(ctx.dtype, memory_format=torch.channels_last), None, None
+        return softmax.to(ctx.dtype).contiguous(memory_format=torch.channels_last), None, None
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, class_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:

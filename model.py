@@ -6,6 +6,7 @@ resolution with a transposed convolution and adds the encoder's features of the 
 """
 import copy
 import pickle
+import zipfile
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -228,7 +229,8 @@ def load_checkpoint(path: str | Path) -> dict:
              if isinstance(content.get(name), dict)]
     checkpoint = {"config": {}} | (content if names else {})
     checkpoint["model"] = clean_state_dict(content[names[0]] if names else content)
-    if not isinstance(checkpoint["model"].get("out.weight"), Tensor):
+    out = checkpoint["model"].get("out.weight")
+    if not isinstance(out, Tensor) or out.ndim != 4:
         raise WeightsError(f"{path} is no checkpoint of EfficientSegNet (it has no out.weight); "
                            "pass a best.pth or last.pth")
     return checkpoint
@@ -256,6 +258,10 @@ def clean_state_dict(state_dict: dict) -> dict:
 def read_tensors(path: str | Path) -> dict:
     """torch.load for files of unknown origin: tensors and plain types alone, every failure a WeightsError."""
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():  # torch.load would not notice a bit that has flipped
+                    raise RuntimeError(f"checksum of {damaged}")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(f"{path} was refused: it is no torch file, or holds more than tensors and plain "

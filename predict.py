@@ -263,7 +263,8 @@ def write_outputs(job: Job, photo: Image.Image | None, predictions: np.ndarray, 
         write_own(job.overlay, overlay)
 
 
-def draw_overlay(photo: Image.Image, predictions: np.ndarray, names: Sequence[str], palette: np.ndarray) -> Image.Image:
+def draw_overlay(photo: Image.Image, predictions: np.ndarray, names: Sequence[str],
+                 palette: np.ndarray) -> Image.Image:
     """The class colours blended over a photo, with a legend of the classes present below it.
 
     Args:

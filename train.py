@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import math
+import os
 import platform
 import time
 from argparse import Namespace
@@ -43,7 +44,7 @@ CLASS_WEIGHT_POWER = -0.2  # frozen: a pixel counts as its class's share to this
 FINETUNE_BACKGROUND_WEIGHT = 0.25  # a fine-tuned network calls too many hard pixels background
 WARMUP = 0.05  # of all steps: fresh decoders behind trained features get large, useless gradients at first
 FINAL_LEARNING_RATE = 0.01  # of the peak
-EVALUATION_BATCH = {"cpu": 8, "cuda": 16, "mps": 16}  # larger ones leave a CPU's caches
+EVALUATION_BATCH = {"cpu": 4, "cuda": 16, "mps": 16}  # larger ones leave a CPU's caches
 PREDICTION_SAMPLES = 4  # rows of predictions.png
 BAR_SECONDS = 1.0  # how often the host waits for the device to show loss and dice
 GRAPH_WARMUP = 3  # steps before a CUDA graph is captured: cuDNN chooses kernels, AdamW makes its state
@@ -76,7 +77,7 @@ def get_args_parser() -> utils.ArgumentParser:
     n_classes = len(dataset.CLASSES)
     add("--num_classes", type=utils.whole_number(2, n_classes), default=n_classes, metavar="N",
         help="ids in the labels are below this, at most and if left out %(default)s")
-    add("--image_size", type=utils.whole_number(32, multiple=32), default=256, metavar="PIXELS",
+    add("--image_size", type=utils.whole_number(32, 8192, multiple=32), default=256, metavar="PIXELS",
         help="side of the square that photos are resized to, a multiple of 32, %(default)s if left out")
     add("--finetune_encoder", action="store_true",
         help=f"train the encoder too, at {ENCODER_LEARNING_RATE} of the learning rate, in every step")
@@ -134,12 +135,15 @@ def parse_args(argv: Sequence[str] | None) -> tuple[Namespace, dict | None]:
         return Namespace(**defaults | given), None
 
     checkpoint = models.load_checkpoint(path)
+    checkpoint["config"] = own_config(checkpoint["config"], defaults)
     config, n_classes = checkpoint["config"], len(checkpoint["model"]["out.weight"])
     if given.get("num_classes", n_classes) != n_classes:
         raise UserError(f"--num_classes {given['num_classes']}: {path} has {n_classes} classes; "
                         "leave the flag out")
-    remembered = {name: value for name, value in config.get("settings", {}).items() if name in RECIPE}
-    remembered |= {"num_classes": n_classes, "image_size": config.get("image_size", defaults["image_size"])}
+    remembered = {name: config["settings"][name] for name in RECIPE} if config else {}
+    remembered |= {"num_classes": n_classes}
+    if not config and "resume" in given:
+        remembered["encoder_weights"] = f"those of {path}"
     if "data_dir" in given or "demo" in given:  # either wins over both that are remembered
         remembered |= {"data_dir": defaults["data_dir"], "demo": False}
     args = Namespace(**defaults | remembered | given)
@@ -147,25 +151,43 @@ def parse_args(argv: Sequence[str] | None) -> tuple[Namespace, dict | None]:
     return args, checkpoint
 
 
+def own_config(config: object, defaults: dict) -> dict:
+    """A checkpoint's config if this program wrote it, or {}: another program's may mean anything."""
+    try:
+        kinds = {name: (str if name == "data_dir" else type(defaults[name])) for name in RECIPE}
+        known = all(isinstance(config["settings"][name], kind) for name, kind in kinds.items())
+        known &= isinstance(config["image_size"], int) and isinstance(config["class_names"], list)
+        return config if known and isinstance(config["class_colors"], list) else {}
+    except (KeyError, TypeError):
+        return {}
+
+
 def check_checkpoint(checkpoint: dict, path: Path, args: Namespace) -> None:
     """UserError if a checkpoint's class ids mean something else here, or its run cannot be continued."""
     config = checkpoint["config"]
     dataset.check_classes(config.get("class_names", []), config.get("class_colors", []), path)
+    if args.num_classes > len(dataset.CLASSES):
+        raise UserError(f"{path} has {args.num_classes} classes, and CLASSES in dataset.py "
+                        f"{len(dataset.CLASSES)}; add what is missing there")
     if not continues_run(checkpoint, args):
         return
-    if "best" not in checkpoint or "scored_on" not in config:
+    if "best" not in checkpoint:
         raise UserError(f"--resume {path}: an older version of this program wrote it; start a new run from "
                         "its weights: --resume the best.pth beside it")
-    own_folder = not args.output_dir or args.output_dir.resolve() == path.parent.resolve()
-    unreported = own_folder and not all((path.parent / name).exists() for name in RUN_FILES)
+    own = path.resolve()
+    in_own_folder = not args.output_dir or args.output_dir.resolve() == own.parent
+    if in_own_folder and own.name != "last.pth":
+        raise UserError(f"--resume {path}: only a last.pth goes on in its own folder; pass --output_dir")
+    unreported = in_own_folder and not all((own.parent / name).is_file() for name in RUN_FILES)
     if checkpoint["epoch"] >= args.num_epochs and not unreported:
         raise UserError(f"--resume {path}: the run has finished its {checkpoint['epoch']} epochs; pass "
                         f"--num_epochs {checkpoint['epoch'] + 10}, say, to go on")
 
 
 def continues_run(checkpoint: dict | None, args: Namespace) -> bool:
-    """Whether a checkpoint goes on with its run; one without an optimizer starts a new run or is scored."""
-    return args.resume is not None and "optimizer" in checkpoint
+    """Whether a checkpoint goes on with its run; weights alone start a new run or are scored."""
+    whole = checkpoint and {"optimizer", "history"} <= checkpoint.keys() and checkpoint["config"]
+    return args.resume is not None and bool(whole)
 
 
 # --- Data ---------------------------------------------------------------------------------------------------
@@ -453,7 +475,8 @@ def describe_run(args: Namespace, runtime: Runtime) -> dict:
         "n_classes": args.num_classes,
         "image_size": args.image_size,
         "class_names": [entry.name for entry in classes],
-        "class_colors": [list(entry.color) for entry in classes],
+        "class_colors": [list(map(int, entry.color)) for entry in classes],
+        "void_colors": [list(map(int, color)) for color in dataset.VOID_COLORS.values()],
         "mean": list(dataset.MEAN),
         "std": list(dataset.STD),
         "settings": settings | {"data_dir": str(args.data_dir)},
@@ -473,24 +496,26 @@ def claimed_folder(args: Namespace, config: dict, continues: bool) -> Iterator[P
     A run that ends before its first epoch removes what it wrote. UserError if another run lives there or
     nothing can be written there.
     """
-    own = args.resume.parent if continues else None
+    own = args.resume.resolve().parent if continues else None
     folder = args.output_dir or own
-    made = not (folder and folder.exists())
+    made, wrote = not (folder and os.path.exists(folder)), False
+    if folder and folder.resolve() in [(data_folder(args) / name).resolve() for name in ("train", "val")]:
+        raise UserError(f"--output_dir {folder}: the composites lie there; choose another folder")
     if not folder:
         folder = utils.make_new_dir(Path("runs", datetime.now().strftime("%Y-%m-%d_%H-%M-%S")))
-    temporaries = f".*{utils.TEMPORARY_SUFFIX}"
-    with utils.locked_dir(folder, "--output_dir"):
+    with utils.locked_dir(folder, "--output_dir") as locked:
         present = [name for name in RUN_FILES if (folder / name).exists()]
-        is_own = own and folder.resolve() == own.resolve()
-        if present and not is_own and not (present == ["config.json"] and was_abandoned(folder)):
+        abandoned = locked and present == ["config.json"] and was_abandoned(folder)
+        if present and folder.resolve() != own and not abandoned:
             remedy = (f"go on with it: --resume {folder / 'last.pth'}" if "last.pth" in present
                       else "remove that file")
-            raise UserError(f"--output_dir {folder} holds a run already ({present[0]}); "
+            raise UserError(f"--output_dir {folder} holds a run already ({present[-1]}); "
                             f"choose another folder, or {remedy}")
         try:
-            utils.remove(folder.glob(temporaries))  # of a process that was killed
-            content = (json.dumps(config, indent=2) + "\n").encode()
-            utils.write_file(folder / "config.json", content, exclusive=not present)
+            utils.remove(temporaries(folder))  # of a process that was killed
+            if not present:
+                utils.write_file(folder / "config.json", as_json(config), exclusive=True)
+            wrote = not present or abandoned
             yield folder
         except KeyboardInterrupt as interrupt:
             if (folder / "last.pth").exists():
@@ -498,14 +523,25 @@ def claimed_folder(args: Namespace, config: dict, continues: bool) -> Iterator[P
             raise
         finally:
             if not (folder / "last.pth").exists():
-                utils.remove([*(folder / name for name in RUN_FILES), *folder.glob(temporaries)])
+                if wrote:
+                    utils.remove(folder / name for name in RUN_FILES)
+                utils.remove(temporaries(folder))
                 if made:
                     with contextlib.suppress(OSError):
                         folder.rmdir()
 
 
+def temporaries(folder: Path) -> list[Path]:
+    """What processes that were killed in the middle of writing have left."""
+    return [path for name in RUN_FILES for path in folder.glob(f".{name}.*{utils.TEMPORARY_SUFFIX}")]
+
+
+def as_json(content: dict) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
 def was_abandoned(folder: Path) -> bool:
-    """Whether a config.json is one of ours; alone, it was left by a run that was killed in its first epoch."""
+    """Whether a config.json is ours; alone, a run left it that was killed before its first epoch's end."""
     try:
         return "scored_on" in json.loads((folder / "config.json").read_bytes())
     except (OSError, TypeError, ValueError):
@@ -523,9 +559,10 @@ class Run:
     def restore(self, checkpoint: dict) -> None:
         """Take over what a last.pth says of the epochs before."""
         self.history = checkpoint["history"]
-        scored = ("scored_on", "class_names", "class_colors")
-        if any(checkpoint["config"][key] != self.config[key] for key in scored):
-            self.runtime.log("Resume      on other validation composites: the best epoch is sought anew")
+        measure = ("scored_on", "class_names", "class_colors", "void_colors", "image_size")
+        if any(checkpoint["config"].get(key) != self.config[key] for key in measure):
+            self.runtime.log("Resume      what scores are measured on has changed: "
+                             "the best epoch is sought anew")
             return
         best = checkpoint["best"]
         self.best = {"epoch": best["epoch"], "dice": checkpoint["best_dice"],
@@ -550,10 +587,13 @@ class Run:
             utils.write_checkpoint(self.folder / "last.pth", state | {
                 "epoch": row["epoch"], "best_dice": self.best["dice"], "history": self.history,
                 "config": self.config, "best": {"epoch": self.best["epoch"], "model": differing}})
-            self.show(utils.write_csv, "history.csv", self.history)
-            curves = utils.plot_curves(self.history, self.config["image_size"])
-            self.show(utils.save_figure, "curves.png", curves)
+            self.show_history()
         return is_best
+
+    def show_history(self) -> None:
+        self.show(utils.write_csv, "history.csv", self.history)
+        curves = utils.plot_curves(self.history, self.config["image_size"])
+        self.show(utils.save_figure, "curves.png", curves)
 
     def write_best(self) -> None:
         if self.runtime.rank == 0:
@@ -564,7 +604,8 @@ class Run:
     def show(self, write: Callable, name: str, content: object) -> None:
         """Write a file that is for looking at: if that fails, a line says so and the run goes on."""
         try:
-            write(self.folder / name, content)
+            if self.runtime.rank == 0:
+                write(self.folder / name, content)
         except UserError as error:
             utils.say(f"warning: {error}; the run goes on", "stderr")
 
@@ -650,8 +691,8 @@ def check_loss(loss: float, what: str, epoch: int, trainer: Trainer) -> None:
     """SharedError if a loss, the same on all ranks, is infinite or not a number."""
     if not math.isfinite(loss):
         kept = ". The checkpoints of the epochs before are kept" if epoch > 1 else ""
-        raise SharedError(f"the {what} became {loss} in epoch {epoch}, at step {trainer.steps_done} of the run "
-                          f"or before (learning rate {trainer.learning_rate:.2g}); try a tenth of "
+        raise SharedError(f"the {what} became {loss} in epoch {epoch}, at step {trainer.steps_done} of the "
+                          f"run or before (learning rate {trainer.learning_rate:.2g}); try a tenth of "
                           f"--learning_rate, or --amp off{kept}")
 
 
@@ -713,6 +754,7 @@ def report_best(trainer: Trainer, val: Split, run: Run) -> None:
         return
     names = run.config["class_names"]
     utils.say(f"\nbest.pth, of epoch {run.best['epoch']}, on val/:\n{totals.table(names)}")
+    run.show_history()  # where a kill came before it
     run.show(utils.write_csv, "per_class.csv", totals.rows(names))
     run.show(utils.save_figure, "confusion_matrix.png", totals.plot(names))
     try:
@@ -721,7 +763,8 @@ def report_best(trainer: Trainer, val: Split, run: Run) -> None:
         run.show(utils.save_figure, "predictions.png", figure)
     except dataset.DatasetError as error:
         utils.say(f"warning: no predictions.png: {error}", "stderr")
-    utils.say("\nWritten:\n" + "\n".join(f"  {run.folder / name}" for name in RUN_FILES))
+    written = [str(run.folder / name) for name in RUN_FILES if (run.folder / name).is_file()]
+    utils.say("\n  ".join(["\nWritten:", *written]))
 
 
 def predict_samples(network: nn.Module, val: Split, runtime: Runtime) -> list[tuple]:
@@ -748,15 +791,19 @@ def build_network(args: Namespace, checkpoint: dict | None, runtime: Runtime) ->
                                                finetune_encoder=args.finetune_encoder)
     else:
         build = partial(models.EfficientSegNet, args.num_classes, finetune_encoder=args.finetune_encoder)
-        weights = args.encoder_weights if runtime.rank == 0 else "none"  # rank 0 alone downloads
-        try:
-            network = build(weights)
-        except models.WeightsError as error:
-            if not (args.demo and weights == "imagenet"):
-                raise
-            runtime.log(f"Demo        goes on with random encoder weights: {error}")
-            args.encoder_weights = "none"
-            network = build("none")
+
+        def build_or_go_on() -> models.EfficientSegNet:
+            try:
+                return build(args.encoder_weights)
+            except models.WeightsError as error:
+                if not (args.demo and args.encoder_weights == "imagenet"):
+                    raise
+                runtime.log(f"Demo        goes on with random encoder weights: {error}")
+                args.encoder_weights = "none"
+                return build("none")
+
+        # rank 0 alone downloads
+        network = runtime.on_rank_0(build_or_go_on, models.WeightsError) or build("none")
     network.to(runtime.device, memory_format=torch.channels_last)
     share_weights(network, runtime)
     return network
@@ -795,11 +842,15 @@ def train_network(network: models.EfficientSegNet, run: Run, checkpoint: dict | 
                             "the recipe's flags out, --finetune_encoder above all, or pass a best.pth to "
                             "start anew") from error
         run.restore(checkpoint)
+        if checkpoint["epoch"] >= plan.num_epochs and not run.best["model"]:
+            raise UserError(f"--resume {args.resume}: the run has finished its {checkpoint['epoch']} epochs, "
+                            "and was scored on other data; pass more --num_epochs, or its --data_dir")
+    earlier = checkpoint["config"]["features"] if checkpoint else None
     if splits["train"].images is not None and not args.finetune_encoder:
-        earlier = checkpoint["config"]["features"] if checkpoint else None
         run.config["features"] = keep_features(trainer, splits, plan.batch_size, earlier)
-        if earlier and run.config["features"] != earlier:
-            runtime.log("Resume      features were kept otherwise before: the last bits will differ")
+    if checkpoint and run.config["features"] != earlier:
+        runtime.log("Resume      features were kept otherwise before: the last bits will differ")
+    run.show(utils.write_file, "config.json", as_json(run.config))
     if args.compile:
         trainer.compile_decode(args.image_size, plan.batch_size)
     n_trainable = sum(parameter.numel() for parameter in trainer.parameters)
@@ -814,14 +865,20 @@ def train_network(network: models.EfficientSegNet, run: Run, checkpoint: dict | 
     report_best(trainer, splits["val"], run)
 
 
-def out_of_memory(config: dict, args: Namespace) -> UserError:
-    """The line for a device that ran out of memory, with what to try first."""
-    smaller = (f"--batch_size {args.batch_size // 2}" if args.batch_size > 1
-               else f"--image_size {args.image_size // 64 * 32}")
-    on_gpu = config["features"] and config["features"][0] == "cuda"
-    return UserError(f"the device ran out of memory at --batch_size {args.batch_size}, --image_size "
-                     f"{args.image_size}; try {'--no_cache (the features lie there), or ' if on_gpu else ''}"
-                     f"{smaller}")
+def out_of_memory(error: Exception, config: dict, args: Namespace) -> UserError | None:
+    """The line for a device that ran out of memory, with what to try first; None for other errors."""
+    if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+        return None
+    remedies = []
+    if not args.evaluate:
+        on_gpu = config["features"] and config["features"][0] == "cuda"
+        remedies += ["--no_cache (the features lie there)"] * bool(on_gpu)
+        remedies += [f"--batch_size {args.batch_size // 2}"] * (args.batch_size > 1)
+    if not remedies and args.image_size > 32:
+        remedies.append(f"--image_size {max(args.image_size // 64 * 32, 32)}")
+    return UserError(f"the device ran out of memory at --image_size {args.image_size}"
+                     + ("" if args.evaluate else f", --batch_size {args.batch_size}")
+                     + f"; try {', or '.join(remedies) or 'again without other programs'}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -833,8 +890,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         runtime.log(f"Device      {runtime}")
         if checkpoint and not continues:
             start = "a new run starts from its weights; " if args.resume else ""
-            known = ("classes and image size are its own" if "image_size" in checkpoint["config"] else
-                     f"taking the first {args.num_classes} of CLASSES and --image_size {args.image_size}")
+            own_size = checkpoint["config"].get("image_size") == args.image_size
+            known = "classes and image size are its own" if own_size else (
+                ("classes are its own, " if checkpoint["config"] else
+                 f"taking the first {args.num_classes} of CLASSES and ") + f"--image_size {args.image_size}")
             runtime.log(f"Checkpoint  {args.resume or args.evaluate}: {start}{known}")
         config = describe_run(args, runtime)
         network = build_network(args, checkpoint, runtime)
@@ -845,14 +904,14 @@ def main(argv: Sequence[str] | None = None) -> None:
                 totals = evaluate(models.fold_batch_norms(network), val, runtime, args.flip)
                 runtime.log(totals.table(config["class_names"]))
             else:
-                claimed = contextlib.nullcontext()
-                if runtime.rank == 0:
-                    claimed = claimed_folder(args, config, continues)
-                with claimed as folder:
-                    run = Run(folder, config, runtime)
+                with contextlib.ExitStack() as claimed:
+                    claim = partial(claimed.enter_context, claimed_folder(args, config, continues))
+                    run = Run(runtime.on_rank_0(claim, UserError), config, runtime)
                     train_network(network, run, checkpoint if continues else None, args)
-        except torch.OutOfMemoryError as error:
-            raise out_of_memory(config, args) from error
+        except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+            if advice := out_of_memory(error, config, args):
+                raise advice from error
+            raise
         runtime.close()
 
 

@@ -8,7 +8,6 @@ import csv
 import difflib
 import errno
 import io
-import itertools
 import math
 import os
 import re
@@ -239,7 +238,7 @@ def select_gpu(device: torch.device, name: str) -> torch.device:
     if not torch.cuda.is_available():
         raise UserError(f"--device {name}: torch {torch.__version__} finds no CUDA GPU here; install the "
                         "NVIDIA driver or pass --device cpu")
-    if device.index is not None and local_share() > 1:
+    if device.index is not None and is_torchrun():
         raise UserError(f"--device {name}: torchrun gives each process a GPU of its own; pass --device cuda")
     index = int(os.environ.get("LOCAL_RANK", 0)) if is_torchrun() else device.index or 0
     n_gpus = torch.cuda.device_count()
@@ -329,6 +328,21 @@ class Runtime:
         dist.all_gather_object(values, value)
         return values
 
+    def on_rank_0(self, action: Callable, *kinds: type[Exception]) -> object:
+        """Do something on rank 0 alone; the others wait. If it ends in an error of these kinds, all meet it.
+
+        Returns:
+            what the action returns, None on other ranks.
+        """
+        value, problem = None, None
+        try:
+            value = action() if self.rank == 0 else None
+        except kinds as error:
+            problem = error
+        if problems := [one for one in self.gather(problem and str(problem)) if one]:
+            raise SharedError(problems[0]) from problem
+        return value
+
     def close(self) -> None:
         """Leave the other processes, once all have done their work."""
         if dist.is_initialized():
@@ -374,9 +388,10 @@ def write_file(path: str | Path, content: bytes | memoryview, *,
             file.write(content)
             file.flush()
             flush_to_disk(file)  # else the rename may reach it before the bytes, and a power cut between them
-        if exclusive and path.exists():
-            raise FileExistsError(errno.EEXIST, "another process wrote it first")
-        rename(temporary, path, patience)
+        if exclusive:
+            link(temporary, path)
+        else:
+            rename(temporary, path, patience)
     except OSError as error:
         reason, remedy = error.strerror or error, WRITE_REMEDIES.get(error.errno, "choose another folder")
         raise UserError(f"{path} could not be written ({reason}); {remedy}. "
@@ -397,6 +412,16 @@ def flush_to_disk(file: IO) -> None:
     except OSError as error:
         if error.errno not in NO_FSYNC:
             raise
+
+
+def link(source: Path, target: Path) -> None:
+    """Give a file a second name that must be free; on file systems without hard links, move it there."""
+    try:
+        os.link(source, target)
+    except OSError:
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, "another process wrote it first") from None
+        os.replace(source, target)
 
 
 def rename(source: Path, target: Path, patience: float) -> None:
@@ -445,7 +470,7 @@ def make_dir(path: Path, flag: str) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        reason = "it is a file" if path.is_file() else error.strerror
+        reason = "it is a file" if os.path.isfile(path) else error.strerror
         raise UserError(f"{flag} {path} cannot be made ({reason}); "
                         "choose a folder you can write to") from error
     probe = path / ".probe"
@@ -454,38 +479,41 @@ def make_dir(path: Path, flag: str) -> None:
 
 
 def make_new_dir(path: Path) -> Path:
-    """Make a folder that was not there, with a number behind its name if it is taken."""
-    for number in itertools.count(1):
-        new = path.with_name(f"{path.name}-{number}") if number > 1 else path
+    """Make a folder that was not there, with a number behind its name if that is taken."""
+    number, new = 1, path
+    while True:
         try:
             new.mkdir(parents=True)
             return new
-        except FileExistsError:
-            continue
         except OSError as error:
-            raise UserError(f"{new} cannot be made ({error.strerror}); "
-                            "pass --output_dir with a folder you can write to") from error
+            if not os.path.lexists(new):  # what stands in the way is above it
+                raise UserError(f"{new} cannot be made ({error.strerror}: {error.filename}); pass "
+                                "--output_dir with a folder you can write to") from error
+        number += 1
+        new = path.with_name(f"{path.name}-{number}")
 
 
 @contextlib.contextmanager
-def locked_dir(path: Path, flag: str) -> Iterator[None]:
-    """Make a folder if need be and hold it against other processes, where the system has such locks.
+def locked_dir(path: Path, flag: str) -> Iterator[bool]:
+    """Make a folder if need be and hold it against other processes; whether the system has such locks.
 
     UserError if another process holds it or nothing can be written there.
     """
     make_dir(path, flag)
+    locked = False
     with contextlib.ExitStack() as at_end:
         if fcntl:
             try:
                 descriptor = os.open(path, os.O_RDONLY)
                 at_end.callback(os.close, descriptor)
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                locked = True
             except BlockingIOError as error:
                 raise UserError(f"{flag} {path}: another process is at work there; wait for it, or choose "
                                 "another folder") from error
             except OSError:  # a file system without locks
                 pass
-        yield
+        yield locked
 
 
 # --- Pictures -----------------------------------------------------------------------------------------------

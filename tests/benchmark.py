@@ -1,8 +1,8 @@
 """Speed and memory of this repository against others, measured in one run: python tests/benchmark.py --help
 
-A row compares two sides that ran by turns on the same machine: the medians of their figures, the median of their
-ratios, and the ratios' spread, highest less lowest in percent of the median. Composites are copies of those in
-images/demo and weights are random; neither changes how long a step takes.
+A row compares two sides that ran by turns: the medians of their figures, the median of their ratios, and the
+ratios' spread, highest less lowest in percent of the median. Composites are copies of those in images/demo,
+weights are random; neither changes how long a step takes.
 """
 import argparse
 import contextlib
@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -63,6 +63,11 @@ class Settings:
     batch_sizes: tuple[int, ...]
     n_images: int  # in an epoch against the plain loop; half as many elsewhere
     repeats: int
+
+    @property
+    def few_repeats(self) -> int:
+        """Of what takes long."""
+        return self.repeats // 2
 
 
 def copy_demo(folder: Path, counts: dict[str, int]) -> Path:
@@ -119,11 +124,13 @@ def print_row(name: str, base: Sequence[float], this: Sequence[float]) -> None:
     print(f"  {name:<56}{medians}{ratio:>8.2f}{spread}", flush=True)
 
 
-def print_rows(rates: dict[str, list[float]], name: str = "{}, images/s") -> None:
-    """Every side against the first."""
-    base, *others = rates
-    for other in others:
-        print_row(name.format(other), rates[base], rates[other])
+def compare(sides: dict[str, Timed], repeats: int, name: str = "{}, images/s") -> dict[str, list[float]]:
+    """A row for every side against the first; what by_turns returns."""
+    rates = by_turns(sides, repeats)
+    base, *others = rates.values()
+    for side, rate in zip(list(sides)[1:], others):
+        print_row(name.format(side), base, rate)
+    return rates
 
 
 def peak_memory() -> tuple[float, float]:
@@ -230,6 +237,7 @@ class Setup:
     def epoch(self, trainer: train.Trainer, batch_size: int, n_images: int) -> Timed:
         """Of at least one step."""
         n_images = max(n_images // batch_size, 1) * batch_size
+        assert n_images <= len(self.splits["train"])
 
         def work() -> int:
             bar = utils.progress_bar(disable=True)
@@ -252,8 +260,13 @@ class Setup:
 
         return timed(work)
 
+    @cached_property
+    def folded(self) -> nn.Module:
+        """Made by the first validation, unmeasured: beside few composites it would seem to take long."""
+        return models.fold_batch_norms(self.network)
+
     def validate(self) -> int:
-        train.evaluate(models.fold_batch_norms(self.network), self.splits["val"], self.runtime).compute()
+        train.evaluate(self.folded, self.splits["val"], self.runtime).compute()
         return len(self.splits["val"])
 
 
@@ -271,9 +284,10 @@ def prepare_this(settings: Settings, device: str, amp: str) -> tuple[int, float]
         return n_images
 
     WORKS.update({"validation": timed(setup.validate), "reading and encoding": timed(start)})
+    n_images = settings.n_images // setup.runtime.world_size
     for size in settings.batch_sizes:
-        WORKS[f"training, batch {size}"] = setup.epoch(setup.trainer(), size, settings.n_images)
-        WORKS[f"bare steps, batch {size}"] = setup.bare_steps(size, settings.n_images)
+        WORKS[f"training, batch {size}"] = setup.epoch(setup.trainer(), size, n_images)
+        WORKS[f"bare steps, batch {size}"] = setup.bare_steps(size, n_images)
     splits = setup.splits.values()
     n_bytes = sum(one.nbytes for split in splits for one in (*split.features, *split.labels))
     return sum(map(len, splits)), n_bytes / 2**20
@@ -283,7 +297,7 @@ def prepare_this(settings: Settings, device: str, amp: str) -> tuple[int, float]
 
 
 class PlainDataset(Dataset):
-    """Opens a composite and decodes its label at every access: the nearest colour, from a table of 32x32x32."""
+    """Opens a composite and decodes its label, by a table of the nearest colours, at every access."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths, decoder = paths, dataset.project_decoder()
@@ -307,9 +321,12 @@ def prepare_plain(settings: Settings) -> None:
     """Fill WORKS with what training scripts for this network commonly do, by the defaults of torch.
 
     float32, contiguous tensors, composites opened and decoded in every epoch, the encoder inside autograd.
+    The network is computed as it is drawn, each layer by itself.
     """
     device = utils.select_device(settings.device)
     network = models.EfficientSegNet(N_CLASSES, "none", finetune_encoder=True).to(device)
+    decoder = network.decoder1
+    decoder.forward = lambda x: decoder.conv_block(decoder.upsampler(x))  # in two steps, as it is drawn
     paths = dataset.list_composites(settings.many / "train")[: settings.n_images]
     for size in settings.batch_sizes:
         optimizer = torch.optim.AdamW(network.decoder_parameters(), lr=1e-3)
@@ -350,46 +367,47 @@ def compare_loop(settings: Settings) -> None:
         kept = {name: sides[name].call(prepare_this, settings, settings.device, amp)[0]
                 for name, amp in settings.precisions.items()}
 
-        def compare(work: str) -> dict[str, list[float]]:
-            rates = by_turns({name: side.work(work) for name, side in sides.items()}, settings.repeats)
-            print_rows(rates, f"{work}, {{}}, images/s")
-            return rates
+        def compare_all(work: str) -> dict[str, list[float]]:
+            works = {name: side.work(work) for name, side in sides.items()}
+            return compare(works, settings.repeats, f"{work}, {{}}, images/s")
 
         print_title("256x256", "plain loop")
-        training, validation = compare("training, batch 4"), compare("validation")
+        # Training goes first and settles the batch-norm statistics: before that logits are extreme, and
+        # exponentials that underflow take ten times as long.
+        training, validation = compare_all("training, batch 4"), compare_all("validation")
         report_memory(sides, kept)
-        start = by_turns({name: sides[name].work("reading and encoding") for name in kept}, settings.repeats)
-        for name in kept:
-            rates = (whole_run(training[which], validation[which], start.get(which)) for which in ("plain loop", name))
-            print_row(f"whole run, batch 4, {name}, images/s", *rates)
-            print(f"    computed for {N_EPOCHS} epochs of {WHOLE_RUN['train']:,} composites and {WHOLE_RUN['val']} for "
-                  f"validation,\n    read and encoded at {statistics.median(start[name]):.1f} images/s")
+        start = {name: sides[name].work("reading and encoding") for name in kept}
+        for name, rates in by_turns(start, settings.few_repeats).items():
+            base = whole_run(training["plain loop"], validation["plain loop"], [math.inf])
+            print_row(f"whole run (computed), {name}, images/s", base,
+                      whole_run(training[name], validation[name], rates))
+            print(f"    its composites are read and encoded at {statistics.median(rates):.1f} a second")
         for size in settings.batch_sizes[1:]:
-            compare(f"training, batch {size}")
+            compare_all(f"training, batch {size}")
 
         print_title("Epochs of training against their decode, loss and optimizer", "those alone", "epoch")
         for name, size in itertools.product(kept, settings.batch_sizes):
-            works = (f"bare steps, batch {size}", f"training, batch {size}")
-            rates = by_turns({work: sides[name].work(work) for work in works}, settings.repeats)
-            print_rows(rates, f"{{}}, {name}, images/s")
+            works = {work: sides[name].work(work)
+                     for work in (f"bare steps, batch {size}", f"training, batch {size}")}
+            compare(works, settings.repeats, f"{{}}, {name}, images/s")
 
 
 def report_memory(sides: dict[str, Side], kept: dict[str, tuple[int, float]]) -> None:
     """Peaks so far, and what grows with the data."""
     peaks = {name: side.call(peak_memory)[0] for name, side in sides.items()}
-    for place, what in enumerate(("process", "GPU")):
-        if peaks["plain loop"][place]:
-            print_rows({name: [peak[place]] for name, peak in peaks.items()}, f"peak memory of the {what}, {{}}, MiB")
+    for (place, what), name in itertools.product(enumerate(("process", "GPU")), kept):
+        if plain := peaks["plain loop"][place]:
+            print_row(f"peak memory of the {what}, {name}, MiB", [plain], [peaks[name][place]])
     for name, (n_images, mebibytes) in kept.items():
         total = sum(WHOLE_RUN.values())
-        print(f"    of it {mebibytes:.0f} MiB are features and labels of {n_images} composites in {name}; "
-              f"{total:,} take {mebibytes / n_images * total:,.0f} MiB")
+        print(f"    in it features and labels of {n_images} composites, {name}: {mebibytes:.0f} MiB; "
+              f"of {total:,}: {mebibytes / n_images * total:,.0f} MiB")
 
 
-def whole_run(training: list[float], validation: list[float], start: list[float] | None) -> list[float]:
-    """Images a second over a whole run, from those of its parts, in every turn."""
+def whole_run(training: list[float], validation: list[float], start: list[float]) -> list[float]:
+    """Images a second over N_EPOCHS of WHOLE_RUN in each turn, from those of its parts."""
     n_images = sum(WHOLE_RUN.values())
-    once = n_images / statistics.median(start) if start else 0
+    once = n_images / statistics.median(start)
     seconds = [once + N_EPOCHS * (WHOLE_RUN["train"] / one + WHOLE_RUN["val"] / other)
                for one, other in zip(training, validation)]
     return [N_EPOCHS * n_images / one for one in seconds]
@@ -401,9 +419,10 @@ def compare_growth(settings: Settings) -> None:
     for side, batch_sizes in ((256, (4, 1, 16)), (128, (4,)), (512, (4,))):
         setup = Setup(settings.few, settings.device, "--image_size", str(side)).keep_features()
         for size in batch_sizes:
-            epochs[f"{side}x{side}, batch {size}"] = setup.epoch(setup.trainer(), size, settings.n_images // 2)
+            epoch = setup.epoch(setup.trainer(), size, settings.n_images // 2)
+            epochs[f"{side}x{side}, batch {size}"] = epoch
     print_title("Training as images and batches grow", "256, batch 4")
-    print_rows(by_turns(epochs, settings.repeats))
+    compare(epochs, settings.repeats)
 
 
 def compare_processes(settings: Settings) -> None:
@@ -413,9 +432,10 @@ def compare_processes(settings: Settings) -> None:
         kept = [[sum(mebibytes for _, mebibytes in side.call(prepare_this, settings, "cpu", "auto"))]
                 for side in sides.values()]
         print_title("Processes of one thread each, on the CPU", *sides)
-        for work in ("training, batch 4", "validation", "reading and encoding"):
-            rates = by_turns({name: side.work(work) for name, side in sides.items()}, settings.repeats)
-            print_rows(rates, f"{work}, images/s")
+        for work, repeats in (("training, batch 4", settings.repeats), ("validation", settings.repeats),
+                              ("reading and encoding", settings.few_repeats)):
+            works = {name: side.work(work) for name, side in sides.items()}
+            compare(works, repeats, f"{work}, images/s")
         peaks = [[sum(host for host, _ in side.call(peak_memory))] for side in sides.values()]
         print_row("features and labels kept, all together, MiB", *kept)
         print_row("peak memory, all together, MiB", *peaks)
@@ -427,13 +447,15 @@ def compare_peers(settings: Settings) -> None:
     setup = Setup(settings.few, settings.device).keep_features()
     print_title("Other networks, frozen encoder, same precision, channels_last", "theirs")
     for size in settings.batch_sizes:
-        sides = {"this": setup.epoch(setup.trainer(), size, settings.n_images // 2)}
+        n_images = settings.n_images // 2
+        sides = {"this": setup.epoch(setup.trainer(), size, n_images)}
         for name, network, encoder in build_peers():
-            sides[name] = peer_epoch(network, encoder, images.batches, images.runtime, (size, settings.n_images // 2))
+            batches = partial(images.batches, size, n_images)
+            sides[name] = timed(peer_epoch(network, encoder, batches, images.runtime))
         rates = by_turns(sides, settings.repeats)
         for name in list(rates)[1:]:
             print_row(f"{name}, batch {size}, images/s", rates[name], rates["this"])
-    print("    They encode in every step, from images in memory. LR-ASPP is faster, being cut at 1/8 of the size.")
+    print("    They encode in every step, from images in memory. LR-ASPP is cut at 1/8 of the size.")
     if len(sides) == 2:
         print("    segmentation_models_pytorch is not installed; its Unet and FPN are left out.")
 
@@ -445,14 +467,15 @@ def build_peers() -> Iterator[tuple[str, nn.Module, nn.Module]]:
     if importlib.util.find_spec("segmentation_models_pytorch"):
         import segmentation_models_pytorch as smp
 
-        for kind, encoder in itertools.product((smp.Unet, smp.FPN), ("timm-efficientnet-b0", "efficientnet-b0")):
+        encoders = ("timm-efficientnet-b0", "efficientnet-b0")
+        for kind, encoder in itertools.product((smp.Unet, smp.FPN), encoders):
             network = kind(encoder, encoder_weights=None, classes=N_CLASSES)
             yield f"smp {kind.__name__} {encoder}", network, network.encoder
 
 
-def peer_epoch(network: nn.Module, encoder: nn.Module, batches: Callable, runtime: utils.Runtime,
-               sizes: tuple[int, int]) -> Timed:
-    """As Trainer.step trains, with this repository's loss, precision and memory format, on another network."""
+def peer_epoch(network: nn.Module, encoder: nn.Module, batches: Callable[[], Iterator[tuple]],
+               runtime: utils.Runtime) -> Callable[[], int]:
+    """Another network in a step like Trainer's, with this repository's loss, precision and memory format."""
     weights = torch.ones(N_CLASSES, device=runtime.device)
     network.to(runtime.device, memory_format=torch.channels_last)
     encoder.requires_grad_(False)
@@ -463,17 +486,18 @@ def peer_epoch(network: nn.Module, encoder: nn.Module, batches: Callable, runtim
         network.train()
         encoder.eval()
         n_images = 0
-        for images, labels in batches(*sizes):
+        for images, labels in batches():
             with runtime.autocast():
                 logits = network(dataset.normalize(images))
-            loss, _, _ = metrics.cross_entropy(logits["out"] if isinstance(logits, dict) else logits, labels, weights)
+            logits = logits["out"] if isinstance(logits, dict) else logits  # torchvision's or smp's
+            loss, _, _ = metrics.cross_entropy(logits, labels, weights)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             n_images += len(labels)
         return n_images
 
-    return timed(work)
+    return work
 
 
 def compare_finetuning(settings: Settings) -> None:
@@ -486,26 +510,26 @@ def compare_finetuning(settings: Settings) -> None:
         if isinstance(module, models.DepthwiseConv2d):
             module.__class__ = nn.Conv2d
     print_title("Fine-tuning", "nn.Conv2d")
-    epochs = {name: setup.epoch(setup.trainer(), 4, 16)
+    epochs = {name: setup.epoch(setup.trainer(), 4, settings.n_images // 2)
               for name, setup in (("nn.Conv2d", plain), ("DepthwiseConv2d", ours))}
-    print_rows(by_turns(epochs, settings.repeats), "training, batch 4, {}, images/s")
+    compare(epochs, settings.repeats, "training, batch 4, {}, images/s")
 
 
 def compare_compile(settings: Settings) -> None:
     """What --compile gives, and how long it takes."""
     setup = Setup(settings.few, settings.device).keep_features()
+    trainers = {"without": setup.trainer(), "with": setup.trainer()}
+    started = time.perf_counter()
+    trainers["with"].compile_decode(setup.args.image_size, 4)
+    seconds = time.perf_counter() - started
     print_title("Training with --compile", "without", "with")
-    for size in settings.batch_sizes:
-        trainers = {"without": setup.trainer(), "with": setup.trainer()}
-        started = time.perf_counter()
-        trainers["with"].compile_decode(setup.args.image_size, size)
-        seconds = time.perf_counter() - started
-        epochs = {name: setup.epoch(trainer, size, settings.n_images // 2) for name, trainer in trainers.items()}
-        print_rows(by_turns(epochs, settings.repeats), f"batch {size}, after {seconds:.0f} s of compiling, images/s")
+    epochs = {name: setup.epoch(trainer, 4, settings.n_images // 2) for name, trainer in trainers.items()}
+    compare(epochs, settings.repeats, f"batch 4, after {seconds:.0f} s of compiling, images/s")
 
 
-SECTIONS = {"loop": compare_loop, "growth": compare_growth, "processes": compare_processes, "peers": compare_peers,
-            "finetuning": compare_finetuning, "compile": compare_compile}
+SECTIONS = {"loop": compare_loop, "growth": compare_growth, "processes": compare_processes,
+            "peers": compare_peers, "finetuning": compare_finetuning, "compile": compare_compile}
+QUICK_SECTIONS = 4  # the last two take too long for --quick
 
 
 # --- Whole runs ---------------------------------------------------------------------------------------------
@@ -517,54 +541,55 @@ def run_train() -> None:
     print("peaks", *peak_memory())
 
 
-def time_run(flags: Sequence[str], shared: Sequence[str], output_dir: Path) -> None:
-    """Print a row of the table for `train.py` with some flags; its lines tell by their time what lies between."""
-    program = [sys.executable, "-c", "import benchmark; benchmark.run_train()"]
+def time_run(flags: Sequence[str], output_dir: Path) -> None:
+    """Print a row for `train.py` with some flags; when it prints its lines tells how long its parts took."""
+    program = [sys.executable, "-c", "import benchmark; benchmark.run_train()", *flags]
     started, marks, lines = time.perf_counter(), {}, []
-    with subprocess.Popen([*program, *flags, *shared, "--output_dir", str(output_dir)], cwd=Path(__file__).parent,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen([*program, "--output_dir", str(output_dir)], cwd=Path(__file__).parent, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         for line in process.stdout:
             lines.append(line)
             marks.setdefault(line.split(" ")[0], time.perf_counter() - started)
-    total = time.perf_counter() - started
     if process.returncode:
         sys.exit("".join(lines))
     with open(output_dir / "history.csv", newline="") as file:
         history = list(csv.DictReader(file))
     epochs = sum(float(row["seconds"]) for row in history)
+    start, read, encoded, end = (marks[word] for word in ("Device", "Data", "Model", "peaks"))
+    seconds = (start, read - start, encoded - read, epochs, end - encoded - epochs, end)
     rate = statistics.median(float(row["images_per_second"]) for row in history)
-    start, read, encoded = marks["Device"], marks["Data"], marks["Model"]
-    seconds = "".join(f"{one:>8.1f}" for one in (start, read - start, encoded - read, epochs, total))
     host, gpu = map(float, lines[-1].split()[1:])
-    print(f"{' '.join(flags):<28}{seconds}{rate:>10.1f}{host:>8.0f}{gpu:>8.0f}", flush=True)
-    print("".join(f"    {line}" for line in lines if line.startswith(("CUDA", "Compile", "warning"))), end="")
+    print("".join(f"{one:>8.1f}" for one in seconds) + f"{rate:>10.1f}{host:>8.0f}{gpu:>8.0f}", flush=True)
+    print("".join(f"  {line}" for line in lines if line.startswith(("CUDA", "Compile", "warning"))), end="")
 
 
 def time_whole_runs(folder: Path, n_composites: int, device: str) -> None:
     """A table of `train.py` with the flags that change its speed."""
-    counts = {name: math.ceil(count * n_composites / WHOLE_RUN["train"]) for name, count in WHOLE_RUN.items()}
-    print(f"\ntrain.py, {N_EPOCHS} epochs of {counts['train']:,} composites and {counts['val']:,} for validation: "
-          f"seconds, images/s in training, peak MiB\n{'':<28}{'start':>8}{'read':>8}{'encode':>8}{'epochs':>8}{'total':>8}"
-          f"{'images/s':>10}{'process':>8}{'GPU':>8}")
+    counts = {"train": n_composites, "val": math.ceil(WHOLE_RUN["val"] * n_composites / WHOLE_RUN["train"])}
+    print(f"\ntrain.py, {N_EPOCHS} epochs of {n_composites:,} composites and {counts['val']} for validation: "
+          "seconds, images/s in training, peak MiB")
+    columns = ("start", "read", "encode", "epochs", "rest", "total")
+    print(f"{'':<28}" + "".join(f"{one:>8}" for one in columns) + f"{'images/s':>10}{'process':>8}{'GPU':>8}")
     shared = ["--num_epochs", str(N_EPOCHS), "--encoder_weights", "none", "--device", device,
               "--data_dir", str(copy_demo(folder / "data", counts))]
-    choices = ("--batch_size 4", "--batch_size 16", "--batch_size 4 --compile", "--batch_size 16 --compile",
-               "--batch_size 4 --no_cache")
-    for number, choice in enumerate(choices):
-        time_run(choice.split(), shared, folder / str(number))
-    print("encode holds compiling, total the report after the last epoch")
+    for choice in ("--batch_size 4", "--batch_size 16", "--batch_size 4 --compile",
+                   "--batch_size 16 --compile", "--batch_size 4 --no_cache"):
+        print(f"{choice:<28}", end="", flush=True)
+        time_run([*shared, *choice.split()], folder / choice)
+    print("encode: and compile; rest: writing after each epoch, the report after the last")
 
 
 def profile_step(folder: Path, device: str) -> None:
     """Where the time of training goes."""
-    setup = Setup(copy_demo(folder / "few", {"train": 32, "val": 8}), device).keep_features()
+    setup = Setup(copy_demo(folder / "few", {"train": 32, "val": 4}), device).keep_features()
     epoch = setup.epoch(setup.trainer(), 4, 32)
     epoch()
     with torch.profiler.profile() as profiler:
         epoch()
-    print("\nAn epoch of 8 steps, batch 4")
+    print("\n8 steps of batch 4, with what an epoch has beside them")
     kind = "cpu" if setup.runtime.device.type == "cpu" else "device"
-    print(profiler.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=15, max_name_column_width=50))
+    events = profiler.key_averages()
+    print(events.table(sort_by=f"self_{kind}_time_total", row_limit=15, max_name_column_width=50))
 
 
 # --- Command line -------------------------------------------------------------------------------------------
@@ -577,17 +602,32 @@ def machine() -> str:
     return platform.processor() or platform.machine()
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"{', '.join(SECTIONS)}; all if left out")
-    parser.add_argument("--quick", action="store_true", help="less of all, nothing compiled: within a minute")
-    parser.add_argument("--whole_runs", type=int, nargs="?", const=WHOLE_RUN["train"], metavar="N",
-                        help="instead time whole runs of train.py on N composites, %(const)s if left out, and profile a step")
+def get_args_parser() -> utils.ArgumentParser:
+    parser = utils.ArgumentParser(description=__doc__)
+    parser.add_argument("sections", nargs="*", metavar="SECTION",
+                        help=f"{', '.join(SECTIONS)}; all if left out")
+    parser.add_argument("--quick", action="store_true",
+                        help="less of all, and not the last two sections unless named: within a minute")
+    parser.add_argument("--whole_runs", type=utils.whole_number(1), nargs="?", const=WHOLE_RUN["train"],
+                        metavar="N", help="time train.py instead, with and without --compile and --no_cache, "
+                                          "on N composites, %(const)s if left out, and profile an epoch")
     parser.add_argument("--device", default="auto", help="as for train.py")
     return parser
 
 
+def make_settings(folder: Path, runtime: utils.Runtime, args: argparse.Namespace) -> Settings:
+    """With data folders made in `folder`."""
+    scale = 8 if runtime.device.type == "cuda" else 1  # an epoch that ends at once cannot be timed
+    n_train, n_val = (16, 8) if args.quick else (256, 64)
+    batch_sizes, n_images, repeats = ((4,), 16 * scale, 2) if args.quick else ((4, 16), 64 * scale, 5)
+    few = copy_demo(folder / "few", {"train": max(n_images // 2, 16), "val": 4})
+    many = copy_demo(folder / "many", {"train": n_train * scale, "val": n_val * scale})
+    fast = {str(runtime.amp_dtype).removeprefix("torch."): "auto"} if runtime.amp_dtype else {}
+    return Settings(few, many, args.device, {"float32": "off"} | fast, batch_sizes, n_images, repeats)
+
+
 def main() -> None:
+    """The command line."""
     parser = get_args_parser()
     args = parser.parse_args()
     if unknown := set(args.sections) - set(SECTIONS):
@@ -597,17 +637,14 @@ def main() -> None:
           f"torch {torch.__version__}, torchvision {torchvision.__version__}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "compiled")  # compile anew
         if args.whole_runs:
             time_whole_runs(folder, args.whole_runs, args.device)
             profile_step(folder, args.device)
             return
-        few = copy_demo(folder / "few", {"train": 16, "val": 4} if args.quick else {"train": 32, "val": 4})
-        many = copy_demo(folder / "many", {"train": 24, "val": 8} if args.quick else {"train": 288, "val": 96})
-        fast = {str(runtime.amp_dtype).removeprefix("torch."): "auto"} if runtime.amp_dtype else {}
-        sizes = ((4,), 16, 2) if args.quick else ((4, 16), 64, 5)
-        settings = Settings(few, many, args.device, {"float32": "off"} | fast, *sizes)
-        print(f"medians of {settings.repeats}; epochs of {settings.n_images} or {settings.n_images // 2} composites")
-        for section in args.sections or [one for one in SECTIONS if not (args.quick and one == "compile")]:
+        settings = make_settings(folder, runtime, args)
+        print(f"medians of {settings.repeats}, by turns")
+        for section in args.sections or list(SECTIONS)[: QUICK_SECTIONS if args.quick else None]:
             SECTIONS[section](settings)
 
 
