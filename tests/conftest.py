@@ -1,4 +1,4 @@
-"""What several test files share: synthetic scenes on disk, a trained run, and real processes that start fast."""
+"""What several test files share: synthetic scenes on disk, a trained run, real processes that start fast."""
 import io
 import multiprocessing
 import os
@@ -7,23 +7,35 @@ import socket
 import sys
 from pathlib import Path
 
-import pytest
+# Two threads that wait for each other on tensors as small as the tests' take twice the time of one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+
+import pytest  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts lie flat in the repository's root
+# Python 3.11's fork server finds what it is to import ahead in no other way.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 import train  # noqa: E402
 from draw_demo import write_scenes  # noqa: E402
 
-# A fork server that has imported torch once starts a process in milliseconds, where an interpreter needs seconds.
+# A fork server that has imported torch once starts a process in milliseconds, an interpreter in seconds.
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["train", "predict"])
-SMALL = ["--encoder_weights", "none", "--image_size", "64", "--device", "cpu"]  # an epoch of few scenes in a second
+FORKSERVER.set_forkserver_preload(["train", "predict", "pytest"])
+SMALL = ["--encoder_weights", "none", "--image_size", "64", "--device", "cpu"]  # an epoch takes a second
+
+
+def save_no_picture(figure, file, **options):
+    """In the place of Figure.savefig where pictures are not what is tested: they take half of a small run."""
+    file.write(b"picture")
 
 
 def run_in_process(main, argv, log, environment):
     """Body of a child process: the command line with its output in a file."""
     os.environ.update(environment)
+    Figure.savefig = save_no_picture
     with open(log, "wb", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -47,7 +59,7 @@ def free_port():
 def run_ranks(main, argv, n_ranks, folder, seconds=180):
     """Run the processes that torchrun would start, to their end; their exit statuses and logs."""
     variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(n_ranks),
-                 "LOCAL_WORLD_SIZE": str(n_ranks), "OMP_NUM_THREADS": "1"}
+                 "LOCAL_WORLD_SIZE": str(n_ranks)}
     logs = [folder / f"rank{rank}of{n_ranks}" for rank in range(n_ranks)]
     processes = [start(main, argv, log, RANK=str(rank), LOCAL_RANK=str(rank), **variables)
                  for rank, log in enumerate(logs)]

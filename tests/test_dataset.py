@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 import dataset
 from dataset import CompositeDataset, DatasetError, Split
-from draw_demo import draw_scene
+from draw_demo import draw_scene, write_composite
 
 CPU = torch.device("cpu")
 
@@ -123,11 +123,13 @@ def test_processes_read_in_order(own_scenes):
         assert torch.equal(split.labels[index], split.labels[index % 8])
 
 
-def test_one_bad_file_among_thousands_is_named_by_the_processes_that_read(own_scenes):
-    link(own_scenes / "train", range(9, 2001))
-    (own_scenes / "train" / "1277.jpg").unlink()
-    (own_scenes / "train" / "1277.jpg").write_bytes(b"damaged")
-    (problem,) = make_split(own_scenes / "train", 32, workers=2).read(True, tqdm(disable=True))
+def test_one_bad_file_among_thousands_is_named_by_the_processes_that_read(tmp_path):
+    for number in range(1, 9):
+        write_composite(tmp_path / f"{number}.jpg", *draw_scene(number, 64))
+    link(tmp_path, range(9, 2001))
+    (tmp_path / "1277.jpg").unlink()
+    (tmp_path / "1277.jpg").write_bytes(b"damaged")
+    (problem,) = make_split(tmp_path, 32, workers=2).read(True, tqdm(disable=True))
     assert "1277.jpg: cannot be read as an image" in problem
 
 

@@ -17,13 +17,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from PIL import Image
 
 import dataset
 import model as models
 import train
 import utils
-from conftest import ROOT, SMALL, free_port, run_ranks, start
+from conftest import ROOT, SMALL, free_port, run_ranks, save_no_picture, start
 from predict import Segmenter
 from predict import main as predict
 from utils import Runtime
@@ -46,6 +47,12 @@ def weights(path):
 
 def same_weights(a, b):
     return all(torch.equal(left, right) for left, right in zip(weights(a).values(), weights(b).values(), strict=True))
+
+
+@pytest.fixture(autouse=True)
+def without_pictures(run_dir, monkeypatch):
+    """Those of run_dir are drawn and looked at."""
+    monkeypatch.setattr(Figure, "savefig", save_no_picture)
 
 
 def rows_of(run):
@@ -368,7 +375,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_weights(scenes, unint
     argv = arguments(scenes, output, "--num_epochs", 4, "--batch_size", 2)
     while True:
         process = start(train.main, argv, tmp_path / "log")
-        process.join(moments.uniform(0.1, 1) * longest if kills < 8 else 120)
+        process.join(moments.uniform(0.1, 1) * longest if kills < 6 else 120)
         if process.exitcode is not None:
             assert process.exitcode == 0, (tmp_path / "log").read_text()
             if kills:
