@@ -36,6 +36,7 @@ RUN_FILES = ("config.json", "history.csv", "curves.png", "predictions.png", "con
              "per_class.csv", "best.pth", "last.pth")
 RECIPE = ("num_epochs", "batch_size", "learning_rate", "num_classes", "data_dir", "demo", "image_size",
           "encoder_weights", "finetune_encoder", "amp", "seed", "no_cache")  # what a checkpoint remembers
+OWN_ENTRIES = {"settings", "image_size", "class_names", "class_colors"}  # of a config, since the first version
 EVALUATION_FLAGS = {"evaluate", "data_dir", "demo", "num_classes", "image_size", "num_workers", "device",
                     "amp", "flip"}
 WEIGHT_DECAY = 0.01  # AdamW's default
@@ -130,44 +131,42 @@ def parse_args(argv: Sequence[str] | None) -> tuple[Namespace, dict | None]:
                      "leave it out")
     if "flip" in given and "evaluate" not in given:
         parser.error("--flip belongs to --evaluate; leave it out")
-    path = given.get("resume") or given.get("evaluate")
-    if not path:
-        return Namespace(**defaults | given), None
-
-    checkpoint = models.load_checkpoint(path)
-    checkpoint["config"] = own_config(checkpoint["config"], defaults)
-    config, n_classes = checkpoint["config"], len(checkpoint["model"]["out.weight"])
-    if given.get("num_classes", n_classes) != n_classes:
-        raise UserError(f"--num_classes {given['num_classes']}: {path} has {n_classes} classes; "
-                        "leave the flag out")
-    remembered = {name: config["settings"][name] for name in RECIPE} if config else {}
-    remembered |= {"num_classes": n_classes}
-    if not config and "resume" in given:
-        remembered["encoder_weights"] = f"those of {path}"
+    path, checkpoint, remembered = given.get("resume") or given.get("evaluate"), None, {}
+    if path:
+        checkpoint = models.load_checkpoint(path)
+        remembered = recall_recipe(checkpoint, path)
     if "data_dir" in given or "demo" in given:  # either wins over both that are remembered
         remembered |= {"data_dir": defaults["data_dir"], "demo": False}
     args = Namespace(**defaults | remembered | given)
-    check_checkpoint(checkpoint, path, args)
+    args.data_dir = DEMO_DIR if args.demo else Path(args.data_dir)
+    if checkpoint:
+        check_checkpoint(checkpoint, path, args)
     return args, checkpoint
 
 
-def own_config(config: object, defaults: dict) -> dict:
-    """A checkpoint's config if this program wrote it, or {}: another program's may mean anything."""
-    try:
-        kinds = {name: (str if name == "data_dir" else type(defaults[name])) for name in RECIPE}
-        known = all(isinstance(config["settings"][name], kind) for name, kind in kinds.items())
-        known &= isinstance(config["image_size"], int) and isinstance(config["class_names"], list)
-        return config if known and isinstance(config["class_colors"], list) else {}
-    except (KeyError, TypeError):
-        return {}
+def recall_recipe(checkpoint: dict, path: Path) -> dict:
+    """The flags that a checkpoint remembers. Its config becomes {} if another program wrote it."""
+    config = checkpoint["config"] if is_own(checkpoint["config"]) else {}
+    checkpoint["config"] = config
+    unknown = {"encoder_weights": f"those of {path}"}
+    settings = {name: value for name, value in config.get("settings", unknown).items() if name in RECIPE}
+    return settings | {"num_classes": len(checkpoint["model"]["out.weight"])}
+
+
+def is_own(config: object) -> bool:
+    """Whether this program wrote a config; the entries of another's may mean anything."""
+    return isinstance(config, dict) and OWN_ENTRIES <= config.keys()
 
 
 def check_checkpoint(checkpoint: dict, path: Path, args: Namespace) -> None:
     """UserError if a checkpoint's class ids mean something else here, or its run cannot be continued."""
-    config = checkpoint["config"]
+    config, n_classes = checkpoint["config"], len(checkpoint["model"]["out.weight"])
+    if args.num_classes != n_classes:
+        raise UserError(f"--num_classes {args.num_classes}: {path} has {n_classes} classes; "
+                        "leave the flag out")
     dataset.check_classes(config.get("class_names", []), config.get("class_colors", []), path)
-    if args.num_classes > len(dataset.CLASSES):
-        raise UserError(f"{path} has {args.num_classes} classes, and CLASSES in dataset.py "
+    if n_classes > len(dataset.CLASSES):
+        raise UserError(f"{path} has {n_classes} classes, and CLASSES in dataset.py "
                         f"{len(dataset.CLASSES)}; add what is missing there")
     if not continues_run(checkpoint, args):
         return
@@ -186,15 +185,11 @@ def check_checkpoint(checkpoint: dict, path: Path, args: Namespace) -> None:
 
 def continues_run(checkpoint: dict | None, args: Namespace) -> bool:
     """Whether a checkpoint goes on with its run; weights alone start a new run or are scored."""
-    whole = checkpoint and {"optimizer", "history"} <= checkpoint.keys() and checkpoint["config"]
-    return args.resume is not None and bool(whole)
+    whole = checkpoint and checkpoint["config"] and {"optimizer", "history"} <= checkpoint.keys()
+    return bool(args.resume and whole)
 
 
 # --- Data ---------------------------------------------------------------------------------------------------
-
-
-def data_folder(args: Namespace) -> Path:
-    return DEMO_DIR if args.demo else Path(args.data_dir)
 
 
 def load_splits(names: Sequence[str], args: Namespace, runtime: Runtime) -> dict[str, Split]:
@@ -203,10 +198,10 @@ def load_splits(names: Sequence[str], args: Namespace, runtime: Runtime) -> dict
     DatasetError without composites; SharedError if they are fewer than processes, one in any process's share
     is bad, or all are background.
     """
-    folder, splits = data_folder(args), {}
+    folder, splits = args.data_dir, {}
     paths = {name: dataset.list_composites(folder / name) for name in names}
-    needed, available = sum(map(len, paths.values())) * 4 * args.image_size**2, utils.available_memory()
-    fits = available is None or needed < MEMORY_SHARE * available
+    needed = sum(map(len, paths.values())) * 4 * args.image_size**2
+    fits = needed < MEMORY_SHARE * (utils.available_memory() or math.inf)  # None where the system does not tell
     for name in names:
         if name == "train" and len(paths[name]) < runtime.world_size:
             raise SharedError(f"{folder / name} holds {len(paths[name])} composites for {runtime.world_size} "
@@ -244,29 +239,29 @@ def keep_features(trainer: "Trainer", splits: dict[str, Split], batch_size: int,
     """
     runtime, n_images = trainer.runtime, sum(map(len, splits.values()))
     like = trainer.encode(splits["train"].images[:1])
-    needed, memory = n_images * sum(one.nbytes for one in like), utils.available_memory()
-    free = {"cpu": math.inf if memory is None else MEMORY_SHARE * memory / utils.local_share()}
+    needed, computed = n_images * sum(one.nbytes for one in like), like[0].dtype
+    free = {"cpu": MEMORY_SHARE * (utils.available_memory() or math.inf) / utils.local_share()}
     if runtime.device.type == "cuda":
         peak = trainer.trial_peak(like, batch_size)
         free = {"cuda": MEMORY_SHARE * (torch.cuda.mem_get_info()[0] - peak)} | free
-    everywhere = runtime.gather(dataset.storage_options(needed, like[0].dtype, free))
+    everywhere = runtime.gather(dataset.storage_options(needed, computed, free))
     options = [option for option in everywhere[0] if all(option in others for others in everywhere)]
-    total = sum(runtime.gather(needed))
+    gigabytes = sum(runtime.gather(needed)) / 1e9
     if not options:
-        runtime.log(f"Features    {total / 1e9:.2f} GB fit nowhere: the encoder runs in every step")
+        runtime.log(f"Features    {gigabytes:.2f} GB fit nowhere: the encoder runs in every step")
         return None
     device, dtype = chosen = earlier if earlier in options else options[0]
-    kept = [one.to(runtime.device if device == "cuda" else "cpu", getattr(torch, dtype)) for one in like]
-    total = total * kept[0].itemsize // like[0].itemsize
-    where = f"{'GPU' if device == 'cuda' else 'host'} memory"
+    like = [one.to(runtime.device if device == "cuda" else "cpu", getattr(torch, dtype)) for one in like]
+    where = "GPU memory" if device == "cuda" else "host memory"
     if device != next(iter(free)):
         where += f", for the GPU has {free['cuda'] / 1e9:.2f} GB to spare"
-    if kept[0].dtype != like[0].dtype:
-        where += f", half of what {like[0].dtype} takes, which does not fit"
-    runtime.log(f"Features    {total / 1e9:.2f} GB as {dtype} in {where}")
+    if like[0].dtype != computed:
+        gigabytes /= 2
+        where += f", half of what {computed} takes, which does not fit"
+    runtime.log(f"Features    {gigabytes:.2f} GB as {dtype} in {where}")
     with progress("Encoding", n_images, runtime) as bar:
         for split in splits.values():
-            split.keep_features(trainer.encode, kept, bar)
+            split.keep_features(trainer.encode, like, bar)
     return chosen
 
 
@@ -470,7 +465,7 @@ def describe_run(args: Namespace, runtime: Runtime) -> dict:
     """What checkpoints and config.json say beside the weights, in plain types. DatasetError without val/."""
     settings = {name: getattr(args, name) for name in RECIPE}
     classes = dataset.CLASSES[: args.num_classes]
-    scored = dataset.list_composites(data_folder(args) / "val")
+    scored = dataset.list_composites(args.data_dir / "val")
     return {
         "n_classes": args.num_classes,
         "image_size": args.image_size,
@@ -498,42 +493,36 @@ def claimed_folder(args: Namespace, config: dict, continues: bool) -> Iterator[P
     """
     own = args.resume.resolve().parent if continues else None
     folder = args.output_dir or own
-    made, wrote = not (folder and os.path.exists(folder)), False
-    if folder and folder.resolve() in [(data_folder(args) / name).resolve() for name in ("train", "val")]:
-        raise UserError(f"--output_dir {folder}: the composites lie there; choose another folder")
+    made = not (folder and os.path.exists(folder))
     if not folder:
         folder = utils.make_new_dir(Path("runs", datetime.now().strftime("%Y-%m-%d_%H-%M-%S")))
+    if folder.resolve() in [(args.data_dir / name).resolve() for name in ("train", "val")]:
+        raise UserError(f"--output_dir {folder}: the composites lie there; choose another folder")
     with utils.locked_dir(folder, "--output_dir") as locked:
         present = [name for name in RUN_FILES if (folder / name).exists()]
+        goes_on = folder.resolve() == own
         abandoned = locked and present == ["config.json"] and was_abandoned(folder)
-        if present and folder.resolve() != own and not abandoned:
+        if present and not goes_on and not abandoned:
             remedy = (f"go on with it: --resume {folder / 'last.pth'}" if "last.pth" in present
                       else "remove that file")
             raise UserError(f"--output_dir {folder} holds a run already ({present[-1]}); "
                             f"choose another folder, or {remedy}")
+        if not present:
+            utils.write_file(folder / "config.json", as_json(config), exclusive=True)
+        for name in RUN_FILES:  # of a process that was killed
+            utils.remove(folder.glob(f".{name}.*{utils.TEMPORARY_SUFFIX}"))
         try:
-            utils.remove(temporaries(folder))  # of a process that was killed
-            if not present:
-                utils.write_file(folder / "config.json", as_json(config), exclusive=True)
-            wrote = not present or abandoned
             yield folder
         except KeyboardInterrupt as interrupt:
             if (folder / "last.pth").exists():
                 interrupt.add_note(f"go on with: python train.py --resume {folder / 'last.pth'}")
             raise
         finally:
-            if not (folder / "last.pth").exists():
-                if wrote:
-                    utils.remove(folder / name for name in RUN_FILES)
-                utils.remove(temporaries(folder))
+            if not goes_on and not (folder / "last.pth").exists():
+                utils.remove(folder / name for name in RUN_FILES)
                 if made:
                     with contextlib.suppress(OSError):
                         folder.rmdir()
-
-
-def temporaries(folder: Path) -> list[Path]:
-    """What processes that were killed in the middle of writing have left."""
-    return [path for name in RUN_FILES for path in folder.glob(f".{name}.*{utils.TEMPORARY_SUFFIX}")]
 
 
 def as_json(content: dict) -> bytes:
@@ -543,8 +532,8 @@ def as_json(content: dict) -> bytes:
 def was_abandoned(folder: Path) -> bool:
     """Whether a config.json is ours; alone, a run left it that was killed before its first epoch's end."""
     try:
-        return "scored_on" in json.loads((folder / "config.json").read_bytes())
-    except (OSError, TypeError, ValueError):
+        return is_own(json.loads((folder / "config.json").read_bytes()))
+    except (OSError, ValueError):
         return False
 
 
@@ -554,20 +543,22 @@ class Run:
     def __init__(self, folder: Path | None, config: dict, runtime: Runtime) -> None:
         self.folder, self.config, self.runtime = folder, config, runtime
         self.history: list[dict] = []
-        self.best = {"epoch": 0, "dice": -1.0, "model": {}}
+        self.best = {"model": {}, "epoch": 0, "best_dice": -1.0, "config": config}  # as best.pth holds it
 
     def restore(self, checkpoint: dict) -> None:
-        """Take over what a last.pth says of the epochs before."""
-        self.history = checkpoint["history"]
+        """Take over what a last.pth says of the epochs before. UserError if that is no best and none comes."""
+        self.history, best = checkpoint["history"], checkpoint["best"]
         measure = ("scored_on", "class_names", "class_colors", "void_colors", "image_size")
-        if any(checkpoint["config"].get(key) != self.config[key] for key in measure):
+        if all(checkpoint["config"].get(key) == self.config[key] for key in measure):
+            self.best |= {"model": checkpoint["model"] | best["model"], "epoch": best["epoch"],
+                          "best_dice": checkpoint["best_dice"]}
+            self.save("best.pth", self.best)
+        elif checkpoint["epoch"] >= self.config["settings"]["num_epochs"]:
+            raise UserError(f"--resume: the run has finished its {checkpoint['epoch']} epochs, and was scored "
+                            "on other data; pass more --num_epochs, or its --data_dir")
+        else:
             self.runtime.log("Resume      what scores are measured on has changed: "
                              "the best epoch is sought anew")
-            return
-        best = checkpoint["best"]
-        self.best = {"epoch": best["epoch"], "dice": checkpoint["best_dice"],
-                     "model": checkpoint["model"] | best["model"]}
-        self.write_best()
 
     def save_epoch(self, trainer: Trainer, row: dict) -> bool:
         """Write what an epoch leaves, the pictures last, and return whether it is the best so far.
@@ -576,30 +567,28 @@ class Run:
         """
         self.history.append(row)
         state = trainer.state_dict()
-        is_best = row["val_dice"] > self.best["dice"]
+        is_best = row["val_dice"] > self.best["best_dice"]
         if is_best:
-            copied = {key: value.detach().cpu().clone() for key, value in state["model"].items()}
-            self.best = {"epoch": row["epoch"], "dice": row["val_dice"], "model": copied}
-            self.write_best()
+            copied = {key: value.cpu().clone() for key, value in state["model"].items()}
+            self.best |= {"model": copied, "epoch": row["epoch"], "best_dice": row["val_dice"]}
+            self.save("best.pth", self.best)
         if self.runtime.rank == 0:
             differing = {key: value for key, value in self.best["model"].items()
                          if not torch.equal(value, state["model"][key].cpu())}
-            utils.write_checkpoint(self.folder / "last.pth", state | {
-                "epoch": row["epoch"], "best_dice": self.best["dice"], "history": self.history,
+            self.save("last.pth", state | {
+                "epoch": row["epoch"], "best_dice": self.best["best_dice"], "history": self.history,
                 "config": self.config, "best": {"epoch": self.best["epoch"], "model": differing}})
             self.show_history()
         return is_best
+
+    def save(self, name: str, checkpoint: dict) -> None:
+        if self.runtime.rank == 0:
+            utils.write_checkpoint(self.folder / name, checkpoint)
 
     def show_history(self) -> None:
         self.show(utils.write_csv, "history.csv", self.history)
         curves = utils.plot_curves(self.history, self.config["image_size"])
         self.show(utils.save_figure, "curves.png", curves)
-
-    def write_best(self) -> None:
-        if self.runtime.rank == 0:
-            utils.write_checkpoint(self.folder / "best.pth", {
-                "model": self.best["model"], "epoch": self.best["epoch"], "best_dice": self.best["dice"],
-                "config": self.config})
 
     def show(self, write: Callable, name: str, content: object) -> None:
         """Write a file that is for looking at: if that fails, a line says so and the run goes on."""
@@ -657,9 +646,9 @@ def fit(trainer: Trainer, plan: Plan, splits: dict[str, Split], run: Run) -> Non
         share_weights(network, runtime)  # batch-norm statistics differ between ranks; rank 0's count
         val = evaluate(models.fold_batch_norms(network), splits["val"], runtime).compute()
         check_loss(val["loss"], "validation loss", epoch, trainer)
-        row = {"epoch": epoch, "learning_rate": trainer.learning_rate, "train_loss": train["loss"],
-               "train_dice": train["dice"], "val_loss": val["loss"], "val_dice": val["dice"],
-               "val_mean_dice": val["mean_dice"], "val_mean_iou": val["mean_iou"],
+        row = {"epoch": epoch, "learning_rate": trainer.learning_rate,
+               "train_loss": train["loss"], "train_dice": train["dice"],
+               **{f"val_{name}": val[name] for name in ("loss", "dice", "mean_dice", "mean_iou")},
                "seconds": time.monotonic() - epoch_started,
                "images_per_second": images_per_epoch / train_seconds}
         is_best = run.save_epoch(trainer, row)
@@ -747,7 +736,7 @@ def format_epoch(row: dict, num_epochs: int, is_best: bool, left: float) -> str:
 
 def report_best(trainer: Trainer, val: Split, run: Run) -> None:
     """Score the best epoch, print its table per class, and draw how it does; all ranks take part."""
-    trainer.network.load_state_dict(run.best["model"] or trainer.network.state_dict())
+    trainer.network.load_state_dict(run.best["model"])
     network = models.fold_batch_norms(trainer.network)
     totals = evaluate(network, val, trainer.runtime)
     if trainer.runtime.rank > 0:
@@ -786,24 +775,20 @@ def predict_samples(network: nn.Module, val: Split, runtime: Runtime) -> list[tu
 def build_network(args: Namespace, checkpoint: dict | None, runtime: Runtime) -> models.EfficientSegNet:
     """The network on its device, from a checkpoint or with random decoders, alike on all ranks."""
     torch.manual_seed(args.seed)
+    build = partial(models.EfficientSegNet, args.num_classes, finetune_encoder=args.finetune_encoder)
     if checkpoint:
         network = models.model_from_checkpoint(checkpoint, args.resume or args.evaluate,
                                                finetune_encoder=args.finetune_encoder)
     else:
-        build = partial(models.EfficientSegNet, args.num_classes, finetune_encoder=args.finetune_encoder)
-
-        def build_or_go_on() -> models.EfficientSegNet:
-            try:
-                return build(args.encoder_weights)
-            except models.WeightsError as error:
-                if not (args.demo and args.encoder_weights == "imagenet"):
-                    raise
-                runtime.log(f"Demo        goes on with random encoder weights: {error}")
-                args.encoder_weights = "none"
-                return build("none")
-
-        # rank 0 alone downloads
-        network = runtime.on_rank_0(build_or_go_on, models.WeightsError) or build("none")
+        try:  # rank 0 alone downloads
+            download = partial(build, args.encoder_weights)
+            network = runtime.on_rank_0(download, models.WeightsError) or build("none")
+        except SharedError as error:
+            if not (args.demo and args.encoder_weights == "imagenet"):
+                raise
+            runtime.log(f"Demo        goes on with random encoder weights: {error}")
+            args.encoder_weights = "none"
+            network = build("none")
     network.to(runtime.device, memory_format=torch.channels_last)
     share_weights(network, runtime)
     return network
@@ -834,6 +819,7 @@ def train_network(network: models.EfficientSegNet, run: Run, checkpoint: dict | 
     plan = Plan.make(args, sum(runtime.gather(len(splits["train"]))), runtime)
     class_weights = build_class_weights(splits["train"].class_pixels, args.finetune_encoder)
     trainer = Trainer(network, class_weights, args.learning_rate, plan.num_epochs * plan.steps, runtime)
+    earlier = None
     if checkpoint:
         try:
             trainer.load_state_dict(checkpoint, checkpoint["epoch"] * plan.steps)
@@ -842,10 +828,7 @@ def train_network(network: models.EfficientSegNet, run: Run, checkpoint: dict | 
                             "the recipe's flags out, --finetune_encoder above all, or pass a best.pth to "
                             "start anew") from error
         run.restore(checkpoint)
-        if checkpoint["epoch"] >= plan.num_epochs and not run.best["model"]:
-            raise UserError(f"--resume {args.resume}: the run has finished its {checkpoint['epoch']} epochs, "
-                            "and was scored on other data; pass more --num_epochs, or its --data_dir")
-    earlier = checkpoint["config"]["features"] if checkpoint else None
+        earlier = checkpoint["config"]["features"]
     if splits["train"].images is not None and not args.finetune_encoder:
         run.config["features"] = keep_features(trainer, splits, plan.batch_size, earlier)
     if checkpoint and run.config["features"] != earlier:
@@ -865,53 +848,53 @@ def train_network(network: models.EfficientSegNet, run: Run, checkpoint: dict | 
     report_best(trainer, splits["val"], run)
 
 
-def out_of_memory(error: Exception, config: dict, args: Namespace) -> UserError | None:
-    """The line for a device that ran out of memory, with what to try first; None for other errors."""
-    if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
-        return None
-    remedies = []
-    if not args.evaluate:
-        on_gpu = config["features"] and config["features"][0] == "cuda"
-        remedies += ["--no_cache (the features lie there)"] * bool(on_gpu)
-        remedies += [f"--batch_size {args.batch_size // 2}"] * (args.batch_size > 1)
-    if not remedies and args.image_size > 32:
-        remedies.append(f"--image_size {max(args.image_size // 64 * 32, 32)}")
-    return UserError(f"the device ran out of memory at --image_size {args.image_size}"
-                     + ("" if args.evaluate else f", --batch_size {args.batch_size}")
-                     + f"; try {', or '.join(remedies) or 'again without other programs'}")
+@contextlib.contextmanager
+def memory_errors(config: dict, args: Namespace) -> Iterator[None]:
+    """Turn what a device raises when its memory runs out into a UserError with what to try first."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not known and "allocate memory" not in str(error):
+            raise
+        cause, remedies = f"--image_size {args.image_size}", []
+        if not args.evaluate:
+            cause += f", --batch_size {args.batch_size}"
+            if config["features"] and config["features"][0] == "cuda":
+                remedies.append("--no_cache (the features lie there)")
+            if args.batch_size > 1:
+                remedies.append(f"--batch_size {args.batch_size // 2}")
+        if not remedies and args.image_size > 32:
+            remedies.append(f"--image_size {args.image_size // 64 * 32}")
+        remedy = ", or ".join(remedies) or "again without other programs"
+        raise UserError(f"the device ran out of memory at {cause}; try {remedy}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; SystemExit with status 1 and one line on stderr for what a user can put right."""
     with utils.user_errors(dataset.DatasetError, models.WeightsError), utils.stoppable():
         args, checkpoint = parse_args(argv)
-        continues = continues_run(checkpoint, args)
         runtime = Runtime.start(args.device, args.amp)
         runtime.log(f"Device      {runtime}")
+        continues = continues_run(checkpoint, args)
         if checkpoint and not continues:
             start = "a new run starts from its weights; " if args.resume else ""
             own_size = checkpoint["config"].get("image_size") == args.image_size
-            known = "classes and image size are its own" if own_size else (
-                ("classes are its own, " if checkpoint["config"] else
-                 f"taking the first {args.num_classes} of CLASSES and ") + f"--image_size {args.image_size}")
+            known = ("classes and image size are its own" if own_size else
+                     f"taking the first {args.num_classes} of CLASSES and --image_size {args.image_size}")
             runtime.log(f"Checkpoint  {args.resume or args.evaluate}: {start}{known}")
         config = describe_run(args, runtime)
         network = build_network(args, checkpoint, runtime)
         config["settings"]["encoder_weights"] = args.encoder_weights  # as they were to be had
-        try:
+        with memory_errors(config, args), contextlib.ExitStack() as claimed:
             if args.evaluate:
                 val = load_splits(["val"], args, runtime)["val"]
                 totals = evaluate(models.fold_batch_norms(network), val, runtime, args.flip)
                 runtime.log(totals.table(config["class_names"]))
             else:
-                with contextlib.ExitStack() as claimed:
-                    claim = partial(claimed.enter_context, claimed_folder(args, config, continues))
-                    run = Run(runtime.on_rank_0(claim, UserError), config, runtime)
-                    train_network(network, run, checkpoint if continues else None, args)
-        except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-            if advice := out_of_memory(error, config, args):
-                raise advice from error
-            raise
+                claim = partial(claimed.enter_context, claimed_folder(args, config, continues))
+                run = Run(runtime.on_rank_0(claim, UserError), config, runtime)
+                train_network(network, run, checkpoint if continues else None, args)
         runtime.close()
 
 
