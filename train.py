@@ -36,7 +36,7 @@ RUN_FILES = ("config.json", "history.csv", "curves.png", "predictions.png", "con
              "per_class.csv", "best.pth", "last.pth")
 RECIPE = ("num_epochs", "batch_size", "learning_rate", "num_classes", "data_dir", "demo", "image_size",
           "encoder_weights", "finetune_encoder", "amp", "seed", "no_cache")  # what a checkpoint remembers
-OWN_ENTRIES = {"settings", "image_size", "class_names", "class_colors"}  # of a config, since the first version
+OWN_ENTRIES = {"settings", "image_size", "class_names", "class_colors"}  # by them a config is known
 EVALUATION_FLAGS = {"evaluate", "data_dir", "demo", "num_classes", "image_size", "num_workers", "device",
                     "amp", "flip"}
 WEIGHT_DECAY = 0.01  # AdamW's default
@@ -68,6 +68,10 @@ EXAMPLES = """examples:
 def get_args_parser() -> utils.ArgumentParser:
     parser = utils.ArgumentParser(description=__doc__.split("\n")[0], epilog=EXAMPLES)
     recipe = parser.add_argument_group("recipe (--resume remembers these; a flag given with --resume wins)")
+    data = recipe.add_mutually_exclusive_group()
+    data.add_argument("--data_dir", type=Path, default=Path("data/cityscapes_data"), metavar="FOLDER",
+                      help="holds train/ and val/ with composites, %(default)s if left out")
+    data.add_argument("--demo", action="store_true", help="the synthetic street scenes in images/demo")
     add = recipe.add_argument
     add("--num_epochs", type=utils.whole_number(1), default=10, metavar="N",
         help="passes over train/, %(default)s if left out")
@@ -88,28 +92,20 @@ def get_args_parser() -> utils.ArgumentParser:
         help="mixed precision; auto (if left out) takes what the device is fast at")
     add("--seed", type=utils.whole_number(0, 2**63 - 1), default=0, metavar="N",
         help="of weights, shuffle and augmentation, %(default)s if left out")
-    data = parser.add_argument_group("data")
-    source = data.add_mutually_exclusive_group()
-    source.add_argument("--data_dir", type=Path, default=Path("data/cityscapes_data"), metavar="FOLDER",
-                        help="holds train/ and val/ with composites, %(default)s if left out")
-    source.add_argument("--demo", action="store_true",
-                        help="train on the synthetic street scenes in images/demo")
-    add = data.add_argument
     add("--no_cache", action="store_true",
         help="keep nothing in memory: decode and encode in every step; chosen by itself if memory is short")
-    add("--num_workers", type=utils.whole_number(0), default=utils.available_cpus(), metavar="N",
-        help="processes that read composites, at the start and, with --no_cache, in every step; one a core "
-             "(%(default)s) if left out")
     run = parser.add_argument_group("run")
-    add = run.add_argument
-    add("--output_dir", type=Path, metavar="FOLDER", help="a new folder, runs/<date-time> if left out")
     mode = run.add_mutually_exclusive_group()
     mode.add_argument("--resume", type=Path, metavar="FILE",
                       help="continue the run of a last.pth, or start a new one from another file's weights")
-    mode.add_argument("--evaluate", type=Path, metavar="FILE",
-                      help="score this checkpoint on val/, train nothing")
+    mode.add_argument("--evaluate", type=Path, metavar="FILE", help="score this on val/, train nothing")
+    add = run.add_argument
     add("--flip", action="store_true",
         help="with --evaluate: average with the mirrored photo, at twice the time")
+    add("--output_dir", type=Path, metavar="FOLDER", help="a new folder, runs/<date-time> if left out")
+    add("--num_workers", type=utils.whole_number(0), default=utils.available_cpus(), metavar="N",
+        help="processes that read composites, at the start and, with --no_cache, in every step; one a core "
+             "(%(default)s) if left out")
     add("--device", default="auto", metavar="auto|cpu|cuda|cuda:N|mps",
         help="auto (if left out) prefers a GPU")
     add("--compile", action="store_true",
@@ -127,8 +123,7 @@ def parse_args(argv: Sequence[str] | None) -> tuple[Namespace, dict | None]:
     if "evaluate" in given and (useless := given.keys() - EVALUATION_FLAGS):
         parser.error(f"--{min(useless)} changes nothing with --evaluate; leave it out")
     if "resume" in given and "encoder_weights" in given:
-        parser.error("--encoder_weights changes nothing with --resume, whose file holds the encoder; "
-                     "leave it out")
+        parser.error("--encoder_weights changes nothing with --resume FILE, which holds it; leave it out")
     if "flip" in given and "evaluate" not in given:
         parser.error("--flip belongs to --evaluate; leave it out")
     path, checkpoint, remembered = given.get("resume") or given.get("evaluate"), None, {}
@@ -146,11 +141,11 @@ def parse_args(argv: Sequence[str] | None) -> tuple[Namespace, dict | None]:
 
 def recall_recipe(checkpoint: dict, path: Path) -> dict:
     """The flags that a checkpoint remembers. Its config becomes {} if another program wrote it."""
-    config = checkpoint["config"] if is_own(checkpoint["config"]) else {}
-    checkpoint["config"] = config
-    unknown = {"encoder_weights": f"those of {path}"}
-    settings = {name: value for name, value in config.get("settings", unknown).items() if name in RECIPE}
-    return settings | {"num_classes": len(checkpoint["model"]["out.weight"])}
+    if not is_own(checkpoint["config"]):
+        checkpoint["config"] = {}
+    settings = checkpoint["config"].get("settings", {"encoder_weights": f"those of {path}"})
+    remembered = {name: value for name, value in settings.items() if name in RECIPE}
+    return remembered | {"num_classes": len(checkpoint["model"]["out.weight"])}
 
 
 def is_own(config: object) -> bool:
@@ -201,7 +196,7 @@ def load_splits(names: Sequence[str], args: Namespace, runtime: Runtime) -> dict
     folder, splits = args.data_dir, {}
     paths = {name: dataset.list_composites(folder / name) for name in names}
     needed = sum(map(len, paths.values())) * 4 * args.image_size**2
-    fits = needed < MEMORY_SHARE * (utils.available_memory() or math.inf)  # None where the system does not tell
+    fits = needed < MEMORY_SHARE * (utils.available_memory() or math.inf)
     for name in names:
         if name == "train" and len(paths[name]) < runtime.world_size:
             raise SharedError(f"{folder / name} holds {len(paths[name])} composites for {runtime.world_size} "
@@ -294,8 +289,8 @@ class Trainer:
                  n_steps: int, runtime: Runtime) -> None:
         self.network, self.runtime, self.n_steps, self.steps_done = network, runtime, n_steps, 0
         self.class_weights = class_weights.to(runtime.device)
+        self.encoder = network if network.finetune_encoder else models.fold_batch_norms(network)
         self.decode = network.decode
-        self.encoder = None if network.finetune_encoder else models.fold_batch_norms(network)
         self.generator: torch.Generator | None = None  # of augmentation
         self.figures = metrics.SegmentationMetrics(len(class_weights), runtime.device)
         self.peaks, parameters = [learning_rate], [network.decoder_parameters()]
@@ -309,7 +304,8 @@ class Trainer:
         assert set(self.parameters) == {one for one in network.parameters() if one.requires_grad}
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp_dtype is torch.float16)
         # Features in, no host in between: on one GPU a step can be one launch instead of hundreds.
-        self.update = CudaGraph(self._update, runtime) if cuda and runtime.world_size == 1 else self._update
+        one_launch = cuda and runtime.world_size == 1 and not network.finetune_encoder
+        self.update = CudaGraph(self._update, runtime) if one_launch else self._update
 
     @property
     def learning_rate(self) -> float:
@@ -322,26 +318,19 @@ class Trainer:
         `inputs` are uint8 images (B, 3, S, S) or the encoder's five feature maps, `labels` uint8 (B, S, S).
         """
         self.steps_done += 1
-        factor = learning_rate_factor(self.steps_done / self.n_steps)
         for group, peak in zip(self.optimizer.param_groups, self.peaks):
-            group["lr"].fill_(peak * factor)
-        if not isinstance(inputs, Tensor):
-            self.update(*inputs, labels)
-        elif self.encoder:
-            self.update(*self.encode(inputs), labels)
-        else:
+            group["lr"].fill_(peak * learning_rate_factor(self.steps_done / self.n_steps))
+        if isinstance(inputs, Tensor):
             if self.generator:
                 inputs, labels = dataset.augment(inputs, labels, self.generator)
-            with self.runtime.autocast():
-                features = self.network.encode(dataset.normalize(inputs))
-            self._update(*features, labels)
+            inputs = self.encode(inputs)
+        self.update(*inputs, labels)
 
-    @torch.no_grad()
     def encode(self, images: Tensor) -> list[Tensor]:
-        """Features of uint8 images (B, 3, S, S), outside autograd, on the device and in its precision."""
+        """Features of images (B, 3, S, S) of 0..255, on the device; outside autograd unless fine-tuned."""
         images = dataset.normalize(dataset.move(images, self.runtime.device))
         with self.runtime.autocast():
-            return (self.encoder or self.network).encode(images)
+            return self.encoder.encode(images)
 
     def _update(self, *tensors: Tensor) -> None:
         """What a step does once there are features: decode, loss, gradients, optimizer, figures."""
@@ -387,8 +376,7 @@ class Trainer:
                 compiled(features).float().sum().backward()
             self.decode = compiled
         except Exception as error:  # no compiler, no Triton, an operator without lowering: none is fatal
-            reason = utils.first_line(error)
-            self.runtime.log(f"Compile     not possible here ({reason}); going on without")
+            self.runtime.log(f"Compile     not possible here ({utils.first_line(error)}); going on without")
         self.optimizer.zero_grad(set_to_none=True)
         self.network.load_state_dict(state)  # the trial moved the decoders' batch-norm statistics
 
@@ -454,8 +442,7 @@ class CudaGraph:
                 self.function(*self.static)
             self.graph = graph
         except RuntimeError as error:
-            reason = utils.first_line(error)
-            self.runtime.log(f"CUDA graph  not possible here ({reason}); going on without")
+            self.runtime.log(f"CUDA graph  not possible here ({utils.first_line(error)}); going on without")
 
 
 # --- What a run leaves --------------------------------------------------------------------------------------
@@ -463,7 +450,6 @@ class CudaGraph:
 
 def describe_run(args: Namespace, runtime: Runtime) -> dict:
     """What checkpoints and config.json say beside the weights, in plain types. DatasetError without val/."""
-    settings = {name: getattr(args, name) for name in RECIPE}
     classes = dataset.CLASSES[: args.num_classes]
     scored = dataset.list_composites(args.data_dir / "val")
     return {
@@ -474,7 +460,7 @@ def describe_run(args: Namespace, runtime: Runtime) -> dict:
         "void_colors": [list(map(int, color)) for color in dataset.VOID_COLORS.values()],
         "mean": list(dataset.MEAN),
         "std": list(dataset.STD),
-        "settings": settings | {"data_dir": str(args.data_dir)},
+        "settings": {name: getattr(args, name) for name in RECIPE} | {"data_dir": str(args.data_dir)},
         "scored_on": {path.name: path.stat().st_size for path in scored},
         "features": None,  # [device, dtype] where they are kept
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
@@ -501,16 +487,19 @@ def claimed_folder(args: Namespace, config: dict, continues: bool) -> Iterator[P
     with utils.locked_dir(folder, "--output_dir") as locked:
         present = [name for name in RUN_FILES if (folder / name).exists()]
         goes_on = folder.resolve() == own
-        abandoned = locked and present == ["config.json"] and was_abandoned(folder)
+        abandoned = False  # alone, its config.json was left by a run killed before its first epoch's end
+        if locked and present == ["config.json"]:
+            with contextlib.suppress(OSError, ValueError):
+                abandoned = is_own(json.loads((folder / "config.json").read_bytes()))
         if present and not goes_on and not abandoned:
             remedy = (f"go on with it: --resume {folder / 'last.pth'}" if "last.pth" in present
                       else "remove that file")
             raise UserError(f"--output_dir {folder} holds a run already ({present[-1]}); "
                             f"choose another folder, or {remedy}")
+        for name in RUN_FILES:  # what a process that was killed was writing
+            utils.remove(folder.glob(f".{name}.*{utils.TEMPORARY_SUFFIX}"))
         if not present:
             utils.write_file(folder / "config.json", as_json(config), exclusive=True)
-        for name in RUN_FILES:  # of a process that was killed
-            utils.remove(folder.glob(f".{name}.*{utils.TEMPORARY_SUFFIX}"))
         try:
             yield folder
         except KeyboardInterrupt as interrupt:
@@ -529,14 +518,6 @@ def as_json(content: dict) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
-def was_abandoned(folder: Path) -> bool:
-    """Whether a config.json is ours; alone, a run left it that was killed before its first epoch's end."""
-    try:
-        return is_own(json.loads((folder / "config.json").read_bytes()))
-    except (OSError, ValueError):
-        return False
-
-
 class Run:
     """One run's claimed folder and what the run has reached; on ranks other than 0 it writes nothing."""
 
@@ -546,16 +527,16 @@ class Run:
         self.best = {"model": {}, "epoch": 0, "best_dice": -1.0, "config": config}  # as best.pth holds it
 
     def restore(self, checkpoint: dict) -> None:
-        """Take over what a last.pth says of the epochs before. UserError if that is no best and none comes."""
+        """Take over what a last.pth says of the epochs before. UserError if no best epoch can come of it."""
         self.history, best = checkpoint["history"], checkpoint["best"]
         measure = ("scored_on", "class_names", "class_colors", "void_colors", "image_size")
         if all(checkpoint["config"].get(key) == self.config[key] for key in measure):
             self.best |= {"model": checkpoint["model"] | best["model"], "epoch": best["epoch"],
                           "best_dice": checkpoint["best_dice"]}
-            self.save("best.pth", self.best)
+            self.write(utils.write_checkpoint, "best.pth", self.best)
         elif checkpoint["epoch"] >= self.config["settings"]["num_epochs"]:
-            raise UserError(f"--resume: the run has finished its {checkpoint['epoch']} epochs, and was scored "
-                            "on other data; pass more --num_epochs, or its --data_dir")
+            raise UserError(f"--resume: the run has finished its {checkpoint['epoch']} epochs, and was "
+                            "scored on other data; pass more --num_epochs, or its --data_dir")
         else:
             self.runtime.log("Resume      what scores are measured on has changed: "
                              "the best epoch is sought anew")
@@ -571,31 +552,29 @@ class Run:
         if is_best:
             copied = {key: value.cpu().clone() for key, value in state["model"].items()}
             self.best |= {"model": copied, "epoch": row["epoch"], "best_dice": row["val_dice"]}
-            self.save("best.pth", self.best)
+            self.write(utils.write_checkpoint, "best.pth", self.best)
         if self.runtime.rank == 0:
             differing = {key: value for key, value in self.best["model"].items()
                          if not torch.equal(value, state["model"][key].cpu())}
-            self.save("last.pth", state | {
+            self.write(utils.write_checkpoint, "last.pth", state | {
                 "epoch": row["epoch"], "best_dice": self.best["best_dice"], "history": self.history,
                 "config": self.config, "best": {"epoch": self.best["epoch"], "model": differing}})
-            self.show_history()
+            self.write_history()
         return is_best
 
-    def save(self, name: str, checkpoint: dict) -> None:
-        if self.runtime.rank == 0:
-            utils.write_checkpoint(self.folder / name, checkpoint)
-
-    def show_history(self) -> None:
-        self.show(utils.write_csv, "history.csv", self.history)
+    def write_history(self) -> None:
+        self.write(utils.write_csv, "history.csv", self.history)
         curves = utils.plot_curves(self.history, self.config["image_size"])
-        self.show(utils.save_figure, "curves.png", curves)
+        self.write(utils.save_figure, "curves.png", curves)
 
-    def show(self, write: Callable, name: str, content: object) -> None:
-        """Write a file that is for looking at: if that fails, a line says so and the run goes on."""
+    def write(self, write: Callable, name: str, content: object) -> None:
+        """Write one of RUN_FILES. Only a checkpoint that cannot be written ends the run."""
         try:
             if self.runtime.rank == 0:
                 write(self.folder / name, content)
         except UserError as error:
+            if name.endswith(".pth"):
+                raise
             utils.say(f"warning: {error}; the run goes on", "stderr")
 
 
@@ -618,14 +597,14 @@ class Plan:
         batch_size = min(args.batch_size, smallest)
         return cls(args.num_epochs, batch_size, smallest // batch_size, args.seed)
 
-    def generator_seed(self, epoch: int, rank: int) -> int:
+    def generator(self, epoch: int, rank: int, device: torch.device | str = "cpu") -> torch.Generator:
         """The same for an epoch that a run reaches in one go or resumed."""
-        return int(np.random.SeedSequence((self.seed, epoch, rank)).generate_state(1, np.uint64)[0] >> 1)
+        seeds = np.random.SeedSequence((self.seed, epoch, rank)).generate_state(1, np.uint64)
+        return torch.Generator(device).manual_seed(int(seeds[0] >> 1))
 
     def batches(self, n_images: int, epoch: int, rank: int) -> list[list[int]]:
         """The indices of each batch of an epoch; those left over are others in each epoch."""
-        generator = torch.Generator().manual_seed(self.generator_seed(epoch, rank))
-        order = torch.randperm(n_images, generator=generator).tolist()
+        order = torch.randperm(n_images, generator=self.generator(epoch, rank)).tolist()
         return list(BatchSampler(order, self.batch_size, drop_last=True))[: self.steps]
 
 
@@ -633,27 +612,24 @@ def fit(trainer: Trainer, plan: Plan, splits: dict[str, Split], run: Run) -> Non
     """Train, and after each epoch score, save and then draw."""
     runtime, network = trainer.runtime, trainer.network
     images_per_epoch = plan.steps * plan.batch_size * runtime.world_size
-    started, first_epoch = time.monotonic(), len(run.history) + 1
-    for epoch in range(first_epoch, plan.num_epochs + 1):
-        epoch_started = time.monotonic()
+    for epoch in range(len(run.history) + 1, plan.num_epochs + 1):
+        started = time.monotonic()
         if network.finetune_encoder:
-            seed = plan.generator_seed(epoch, runtime.rank)
-            trainer.generator = torch.Generator(runtime.device).manual_seed(seed)
+            trainer.generator = plan.generator(epoch, runtime.rank, runtime.device)
         order = plan.batches(len(splits["train"]), epoch, runtime.rank)
         with progress(f"Epoch {epoch}/{plan.num_epochs}", images_per_epoch, runtime) as bar:
             train = train_one_epoch(trainer, splits["train"].batches(order, runtime.device), epoch, bar)
-        train_seconds = time.monotonic() - epoch_started
+        train_seconds = time.monotonic() - started
         share_weights(network, runtime)  # batch-norm statistics differ between ranks; rank 0's count
         val = evaluate(models.fold_batch_norms(network), splits["val"], runtime).compute()
         check_loss(val["loss"], "validation loss", epoch, trainer)
         row = {"epoch": epoch, "learning_rate": trainer.learning_rate,
                "train_loss": train["loss"], "train_dice": train["dice"],
                **{f"val_{name}": val[name] for name in ("loss", "dice", "mean_dice", "mean_iou")},
-               "seconds": time.monotonic() - epoch_started,
+               "seconds": time.monotonic() - started,
                "images_per_second": images_per_epoch / train_seconds}
         is_best = run.save_epoch(trainer, row)
-        left = (time.monotonic() - started) / (epoch - first_epoch + 1) * (plan.num_epochs - epoch)
-        runtime.log(format_epoch(row, plan.num_epochs, is_best, left))
+        runtime.log(format_epoch(row, plan.num_epochs, is_best))
 
 
 def train_one_epoch(trainer: Trainer, batches: Iterator[tuple], epoch: int, bar: tqdm) -> dict[str, float]:
@@ -722,16 +698,17 @@ def compute_logits(network: nn.Module, inputs: Tensor | Sequence[Tensor], runtim
 
 EPOCH_HEADER = ("  epoch  learning rate  train loss   dice   val loss   dice  mean dice  mean IoU  images/s"
                 "   time   left")
+EPOCH_LINE = ("{epoch:>3}/{num_epochs:<3}  {learning_rate:>12.2e}  {train_loss:>10.4f} {train_dice:>6.4f}  "
+              "{val_loss:>9.4f} {val_dice:>6.4f}{star} {val_mean_dice:>9.4f}  {val_mean_iou:>8.4f}  "
+              "{images_per_second:>8.1f}  {time:>5}  {left:>5}")
 
 
-def format_epoch(row: dict, num_epochs: int, is_best: bool, left: float) -> str:
-    """One aligned line an epoch under EPOCH_HEADER; a star marks the best epoch so far."""
-    seconds, left = (str(timedelta(seconds=round(value))).removeprefix("0:")
-                     for value in (row["seconds"], left))
-    return (f"{row['epoch']:>3}/{num_epochs:<3}  {row['learning_rate']:>12.2e}  {row['train_loss']:>10.4f} "
-            f"{row['train_dice']:>6.4f}  {row['val_loss']:>9.4f} {row['val_dice']:>6.4f}"
-            f"{'*' if is_best else ' '} {row['val_mean_dice']:>9.4f}  {row['val_mean_iou']:>8.4f}  "
-            f"{row['images_per_second']:>8.1f}  {seconds:>5}  {left:>5}")
+def format_epoch(row: dict, num_epochs: int, is_best: bool) -> str:
+    """EPOCH_LINE for a row of the history; a star marks the best epoch so far."""
+    time_taken, left = (str(timedelta(seconds=round(n_epochs * row["seconds"]))).removeprefix("0:")
+                        for n_epochs in (1, num_epochs - row["epoch"]))
+    return EPOCH_LINE.format(**row, num_epochs=num_epochs, star="*" if is_best else " ", time=time_taken,
+                             left=left)
 
 
 def report_best(trainer: Trainer, val: Split, run: Run) -> None:
@@ -743,25 +720,20 @@ def report_best(trainer: Trainer, val: Split, run: Run) -> None:
         return
     names = run.config["class_names"]
     utils.say(f"\nbest.pth, of epoch {run.best['epoch']}, on val/:\n{totals.table(names)}")
-    run.show_history()  # where a kill came before it
-    run.show(utils.write_csv, "per_class.csv", totals.rows(names))
-    run.show(utils.save_figure, "confusion_matrix.png", totals.plot(names))
-    try:
-        samples = predict_samples(network, val, trainer.runtime)
+    run.write_history()  # where a kill came before it
+    run.write(utils.write_csv, "per_class.csv", totals.rows(names))
+    run.write(utils.save_figure, "confusion_matrix.png", totals.plot(names))
+    if samples := predict_samples(network, val, trainer.runtime):
         figure = utils.plot_predictions(samples, names, dataset.project_decoder().colors)
-        run.show(utils.save_figure, "predictions.png", figure)
-    except dataset.DatasetError as error:
-        utils.say(f"warning: no predictions.png: {error}", "stderr")
+        run.write(utils.save_figure, "predictions.png", figure)
     written = [str(run.folder / name) for name in RUN_FILES if (run.folder / name).is_file()]
     utils.say("\n  ".join(["\nWritten:", *written]))
 
 
 def predict_samples(network: nn.Module, val: Split, runtime: Runtime) -> list[tuple]:
-    """(image, label, predictions) of a few samples spread over a split, read from disk once more."""
+    """(image, label, predictions) of a few samples spread over a split, read from disk as far as possible."""
     indices = np.linspace(0, len(val) - 1, min(PREDICTION_SAMPLES, len(val))).round().astype(int)
-    images, labels, problems = val.composites[indices.tolist()]
-    if problems:
-        raise dataset.DatasetError(problems[0])
+    images, labels, _ = val.composites[indices.tolist()]
     with torch.inference_mode():
         logits = compute_logits(network, images.to(runtime.device), runtime)
     predictions = [metrics.score_stretched(one, label.shape)[0] for one, label in zip(logits, labels)]
@@ -833,7 +805,7 @@ def train_network(network: models.EfficientSegNet, run: Run, checkpoint: dict | 
         run.config["features"] = keep_features(trainer, splits, plan.batch_size, earlier)
     if checkpoint and run.config["features"] != earlier:
         runtime.log("Resume      features were kept otherwise before: the last bits will differ")
-    run.show(utils.write_file, "config.json", as_json(run.config))
+    run.write(utils.write_file, "config.json", as_json(run.config))
     if args.compile:
         trainer.compile_decode(args.image_size, plan.batch_size)
     n_trainable = sum(parameter.numel() for parameter in trainer.parameters)
