@@ -54,11 +54,9 @@ class CrossEntropy(torch.autograd.Function):
 def cross_entropy(logits: Tensor, labels: Tensor, class_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Cross entropy of logits (B, C, H, W) of any float dtype and integer labels (B, H, W), in float32.
 
-    Args:
-        class_weights: float32 (C,), what a pixel of each class counts in the training loss.
     Returns:
-        the training loss, to be differentiated once; the mean loss per pixel without weights, to be reported;
-        and the predictions, uint8 (B, H, W), equal to logits.argmax(1).
+        the training loss, a pixel weighted as `class_weights`, float32 (C,), say, to be differentiated once;
+        the mean loss per pixel without weights; and predictions uint8 (B, H, W), equal to logits.argmax(1).
     """
     return CrossEntropy.apply(logits, labels, class_weights)
 
@@ -71,10 +69,8 @@ def score_stretched(logits: Tensor, size: tuple[int, int],
     Class by class, so that memory does not grow with their number: all logits of a photo of 12 megapixels
     would take a gigabyte.
 
-    Args:
-        labels: uint8 (H, W), or None where there is no truth.
     Returns:
-        predictions uint8 (H, W), and the mean cross entropy per pixel, NaN without labels.
+        predictions uint8 (H, W), and the mean cross entropy per pixel of `labels`, uint8 (H, W), NaN without.
     """
     best = torch.full(size, -math.inf, device=logits.device)
     total, true_logits = best.clone(), best.clone()  # log of the sum of exp(logits); the true class's logit
@@ -93,9 +89,7 @@ def score_stretched(logits: Tensor, size: tuple[int, int],
 class SegmentationMetrics:
     """Confusion matrix of a split, rows truth and columns prediction, and the figures that follow from it.
 
-    Args:
-        n_classes: ids run from 0 to n_classes - 1; id 0 is background.
-        device: where update() gets its tensors.
+    The `device` is where update() gets its tensors.
     """
 
     def __init__(self, n_classes: int, device: torch.device | str = "cpu") -> None:
@@ -111,13 +105,9 @@ class SegmentationMetrics:
         self.loss_sums.zero_()
 
     def update(self, predictions: Tensor, labels: Tensor, loss: Tensor | None = None) -> None:
-        """Count one batch, without waiting for the device.
+        """Count a batch of integers of one shape, ids below n_classes, without waiting for the device.
 
-        Args:
-            predictions, labels: integers of one shape, (B, H, W) or any other, ids below n_classes.
-            loss: mean loss per pixel of this batch; if it is never given, compute() says NaN.
-        Raises:
-            ValueError: the shapes differ or a tensor holds no integers (logits instead of predictions).
+        Its `loss` is the mean per pixel. ValueError if the shapes differ or a tensor holds no integers.
         """
         if predictions.shape != labels.shape or predictions.is_floating_point() or labels.is_floating_point():
             raise ValueError(f"expected integer predictions and labels of one shape, got {predictions.dtype} "
@@ -186,18 +176,16 @@ class SegmentationMetrics:
         n_pixels, width = self.confusion.sum().item(), max(len("class"), *map(len, names))
         lines = [f"{'class':<{width}}    dice     iou  accuracy  share of pixels"]
         for row in self.rows(names):
-            dice, iou, accuracy = (f"{row[key]:.4f}" if math.isfinite(row[key]) else "-"
-                                   for key in ("dice", "iou", "accuracy"))
-            share = row["pixels"] / n_pixels
-            lines.append(f"{row['class']:<{width}}  {dice:>6}  {iou:>6}  {accuracy:>8}  {share:>15.2%}")
+            cells = f"  {row['dice']:>6.4f}  {row['iou']:>6.4f}  {row['accuracy']:>8.4f}"
+            cells = cells.replace("   nan", "     -")  # there is no pixel to judge by
+            lines.append(f"{row['class']:<{width}}{cells}  {row['pixels'] / n_pixels:>15.2%}")
         figures = "  ".join(f"{name} {value:.4f}" for name, value in self.compute().items())
         return "\n".join([*lines, "", figures])
 
     def plot(self, names: Sequence[str]) -> Figure:
         """The confusion matrix, rows in percent of their pixels, blank for classes that do not occur."""
-        confusion = self.confusion.cpu().numpy()
-        totals = confusion.sum(axis=1, keepdims=True)
-        shares = np.divide(100 * confusion, totals, out=np.full(confusion.shape, np.nan), where=totals > 0)
+        confusion = self.confusion.cpu()
+        shares = (100 * confusion / confusion.sum(1, keepdim=True)).numpy()  # 0 / 0 is NaN
         side = 2.2 + 0.36 * len(names)
         figure = Figure(figsize=(side + 0.6, side), layout="constrained")
         axes = figure.subplots()

@@ -33,14 +33,13 @@ class SegNetDecoder(nn.Module):
         self.upsampler = nn.ConvTranspose2d(in_ch, out_ch, kernel_size=2, stride=2)
         with torch.no_grad():
             self.upsampler.weight.mul_(UPSAMPLER_GAIN)
-        self.conv_block = nn.Sequential(
-            nn.Conv2d(out_ch, out_ch, kernel_size=3, padding=1), nn.BatchNorm2d(out_ch), nn.ReLU(inplace=True)
-        )
+        conv = nn.Conv2d(out_ch, out_ch, kernel_size=3, padding=1)
+        self.conv_block = nn.Sequential(conv, nn.BatchNorm2d(out_ch), nn.ReLU(inplace=True))
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         """(B, in_ch, H, W), and skip (B, out_ch, any, any) or None, to (B, out_ch, 2H, 2W)."""
-        conv, norm, relu = self.conv_block
         if skip is None:
+            conv, norm, relu = self.conv_block
             return relu(norm(upsample_and_convolve(x, self.upsampler, conv)))
         x = self.upsampler(x)  # (B, out_ch, 2H, 2W)
         x = x + F.interpolate(skip, size=x.shape[2:], mode="bilinear", align_corners=False)
@@ -50,7 +49,7 @@ class SegNetDecoder(nn.Module):
 def upsample_and_convolve(x: Tensor, upsampler: nn.ConvTranspose2d, conv: nn.Conv2d) -> Tensor:
     """conv(upsampler(x)) as the one linear map that the two are, with 2.5 times less arithmetic.
 
-    x is (B, in_ch, H, W), the upsampler 2x2 with stride 2, the convolution 3x3 with padding 1, and the result
+    x is (B, in_ch, H, W), the upsampler 2x2 with stride 2, the convolution 3x3 with padding 1, the result
     (B, out_ch, 2H, 2W).
     """
     B, _, H, W = x.shape
@@ -67,7 +66,8 @@ def upsample_and_convolve(x: Tensor, upsampler: nn.ConvTranspose2d, conv: nn.Con
 class DepthwiseConv2d(nn.Conv2d):
     """A convolution that a CPU's bf16 autocast leaves in float32.
 
-    oneDNN's backward pass in bf16 is up to 20 times slower; a fine-tuning step takes 1.3 times as long with it.
+    oneDNN's backward pass in bf16 is up to 20 times slower; a fine-tuning step takes 1.3 times as long with
+    it.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -179,10 +179,10 @@ def load_features(encoder_weights: str | Path | None) -> nn.Sequential:
     if choice == "none":
         calibrate_batch_norms(features)
     elif choice not in ("imagenet", "None"):
-        state_dict = {key.removeprefix("features."): value
-                      for key, value in clean_state_dict(read_tensors(encoder_weights)).items()
-                      if key.startswith("features.")}
-        load_strictly(features, state_dict, f"encoder weights {choice}",
+        weights = clean_state_dict(read_tensors(encoder_weights))
+        weights = {key.removeprefix("features."): weights[key] for key in weights
+                   if key.startswith("features.")}
+        load_strictly(features, weights, f"encoder weights {choice}",
                       "a torchvision efficientnet_b0 state_dict")
     return features
 
@@ -206,23 +206,17 @@ def calibrate_batch_norms(network: nn.Module) -> None:
     They never move in a frozen encoder, and with the initial mean 0 and variance 1 the signal shrinks from
     layer to layer, to 1e-13 at the encoder's end.
     """
-    norms = [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.momentum = 1.0  # take over the statistics of the one batch
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = 1.0  # take over the statistics of the one batch
     network.train()(F.interpolate(torch.randn(4, 3, 16, 16), size=(128, 128), mode="bilinear"))
-    for norm in norms:
-        norm.momentum = 0.1
-        norm.num_batches_tracked.zero_()
 
 
 def load_checkpoint(path: str | Path) -> dict:
     """Read a checkpoint of this project, of another training of this architecture, or a bare state_dict.
 
-    Returns:
-        The checkpoint's dict, on the CPU. "model" is a state_dict as clean_state_dict leaves it; "config" is
-        {} where the file carries none.
-    Raises:
-        WeightsError: no such file, damaged, no checkpoint, or more in it than tensors and plain types.
+    On the CPU; "model" is a state_dict as clean_state_dict leaves it, "config" {} where there is none.
+    WeightsError: no such file, damaged, no checkpoint, or more in it than tensors and plain types.
     """
     content = read_tensors(path)
     names = [name for name in ("model", "state_dict", "model_state_dict")
@@ -238,11 +232,8 @@ def load_checkpoint(path: str | Path) -> dict:
 
 def model_from_checkpoint(checkpoint: dict, path: str | Path, *,
                           finetune_encoder: bool = False) -> EfficientSegNet:
-    """The network of a `load_checkpoint` result, with as many classes as its output layer has.
-
-    WeightsError if the tensors are those of another architecture.
-    """
-    n_classes = checkpoint["model"]["out.weight"].shape[0]
+    """The network of a `load_checkpoint` result. WeightsError if it is of another architecture."""
+    n_classes = len(checkpoint["model"]["out.weight"])
     network = EfficientSegNet(n_classes, encoder_weights=None, finetune_encoder=finetune_encoder)
     load_strictly(network, checkpoint["model"], f"checkpoint {path}", "a checkpoint of EfficientSegNet")
     return network
@@ -285,12 +276,10 @@ def load_strictly(module: nn.Module, state_dict: dict, what: str, expected: str)
     """load_state_dict that ends in one line: what is missing, unexpected or of another shape."""
     own = module.state_dict()
     shapes = {key: getattr(value, "shape", None) for key, value in state_dict.items()}
-    wrong = [
-        ("missing", [key for key in own if key not in shapes]),
-        ("unexpected", [key for key in shapes if key not in own]),
-        ("of another shape", [key for key in own if key in shapes and own[key].shape != shapes[key]]),
-    ]
-    found = [f"{len(keys)} tensors {how}, first {keys[0]}" for how, keys in wrong if keys]
+    wrong = {"missing": [key for key in own if key not in shapes],
+             "unexpected": [key for key in shapes if key not in own],
+             "of another shape": [key for key in own if own[key].shape != shapes.get(key, own[key].shape)]}
+    found = [f"{len(keys)} tensors {how}, first {keys[0]}" for how, keys in wrong.items() if keys]
     if found:
         raise WeightsError(f"{what}: not {expected} ({'; '.join(found)})")
     module.load_state_dict(state_dict)

@@ -747,13 +747,13 @@ def predict_samples(network: nn.Module, val: Split, runtime: Runtime) -> list[tu
 def build_network(args: Namespace, checkpoint: dict | None, runtime: Runtime) -> models.EfficientSegNet:
     """The network on its device, from a checkpoint or with random decoders, alike on all ranks."""
     torch.manual_seed(args.seed)
-    build = partial(models.EfficientSegNet, args.num_classes, finetune_encoder=args.finetune_encoder)
     if checkpoint:
         network = models.model_from_checkpoint(checkpoint, args.resume or args.evaluate,
                                                finetune_encoder=args.finetune_encoder)
     else:
-        try:  # rank 0 alone downloads
-            download = partial(build, args.encoder_weights)
+        build = partial(models.EfficientSegNet, args.num_classes, finetune_encoder=args.finetune_encoder)
+        download = partial(build, args.encoder_weights)
+        try:
             network = runtime.on_rank_0(download, models.WeightsError) or build("none")
         except SharedError as error:
             if not (args.demo and args.encoder_weights == "imagenet"):
