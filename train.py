@@ -114,7 +114,10 @@ def get_args_parser() -> utils.ArgumentParser:
 
 
 def parse_args(argv: Sequence[str] | None) -> tuple[Namespace, dict | None]:
-    """The flags, and the checkpoint of --resume or --evaluate: its recipe takes the place of the defaults."""
+    """The flags, and the checkpoint of --resume or --evaluate: its recipe takes the place of the defaults.
+
+    args.continues says whether its run goes on; weights alone start a new run or are scored.
+    """
     dataset.project_decoder()  # is the class table sound?
     parser = get_args_parser()
     defaults = vars(parser.parse_args([]))
@@ -134,7 +137,10 @@ def parse_args(argv: Sequence[str] | None) -> tuple[Namespace, dict | None]:
         remembered |= {"data_dir": defaults["data_dir"], "demo": False}
     args = Namespace(**defaults | remembered | given)
     args.data_dir = DEMO_DIR if args.demo else Path(args.data_dir)
+    args.continues = False
     if checkpoint:
+        whole = checkpoint["config"] and {"optimizer", "history"} <= checkpoint.keys()
+        args.continues = bool(args.resume and whole)
         check_checkpoint(checkpoint, path, args)
     return args, checkpoint
 
@@ -163,7 +169,7 @@ def check_checkpoint(checkpoint: dict, path: Path, args: Namespace) -> None:
     if n_classes > len(dataset.CLASSES):
         raise UserError(f"{path} has {n_classes} classes, and CLASSES in dataset.py "
                         f"{len(dataset.CLASSES)}; add what is missing there")
-    if not continues_run(checkpoint, args):
+    if not args.continues:
         return
     if "best" not in checkpoint:
         raise UserError(f"--resume {path}: an older version of this program wrote it; start a new run from "
@@ -176,12 +182,6 @@ def check_checkpoint(checkpoint: dict, path: Path, args: Namespace) -> None:
     if checkpoint["epoch"] >= args.num_epochs and not unreported:
         raise UserError(f"--resume {path}: the run has finished its {checkpoint['epoch']} epochs; pass "
                         f"--num_epochs {checkpoint['epoch'] + 10}, say, to go on")
-
-
-def continues_run(checkpoint: dict | None, args: Namespace) -> bool:
-    """Whether a checkpoint goes on with its run; weights alone start a new run or are scored."""
-    whole = checkpoint and checkpoint["config"] and {"optimizer", "history"} <= checkpoint.keys()
-    return bool(args.resume and whole)
 
 
 # --- Data ---------------------------------------------------------------------------------------------------
@@ -471,13 +471,13 @@ def describe_run(args: Namespace, runtime: Runtime) -> dict:
 
 
 @contextlib.contextmanager
-def claimed_folder(args: Namespace, config: dict, continues: bool) -> Iterator[Path]:
+def claimed_folder(args: Namespace, config: dict) -> Iterator[Path]:
     """The run's folder, which belongs to this process while the context lasts.
 
     A run that ends before its first epoch removes what it wrote. UserError if another run lives there or
     nothing can be written there.
     """
-    own = args.resume.resolve().parent if continues else None
+    own = args.resume.resolve().parent if args.continues else None
     folder = args.output_dir or own
     made = not (folder and os.path.exists(folder))
     if not folder:
@@ -785,14 +785,14 @@ def build_class_weights(class_pixels: Tensor, finetune_encoder: bool) -> Tensor:
 
 def train_network(network: models.EfficientSegNet, run: Run, checkpoint: dict | None,
                   args: Namespace) -> None:
-    """From the data to the report; `checkpoint` is one that this run continues."""
+    """From the data to the report."""
     runtime = run.runtime
     splits = load_splits(("train", "val"), args, runtime)
     plan = Plan.make(args, sum(runtime.gather(len(splits["train"]))), runtime)
     class_weights = build_class_weights(splits["train"].class_pixels, args.finetune_encoder)
     trainer = Trainer(network, class_weights, args.learning_rate, plan.num_epochs * plan.steps, runtime)
     earlier = None
-    if checkpoint:
+    if args.continues:
         try:
             trainer.load_state_dict(checkpoint, checkpoint["epoch"] * plan.steps)
         except (KeyError, TypeError, ValueError) as error:
@@ -803,7 +803,7 @@ def train_network(network: models.EfficientSegNet, run: Run, checkpoint: dict | 
         earlier = checkpoint["config"]["features"]
     if splits["train"].images is not None and not args.finetune_encoder:
         run.config["features"] = keep_features(trainer, splits, plan.batch_size, earlier)
-    if checkpoint and run.config["features"] != earlier:
+    if args.continues and run.config["features"] != earlier:
         runtime.log("Resume      features were kept otherwise before: the last bits will differ")
     run.write(utils.write_file, "config.json", as_json(run.config))
     if args.compile:
@@ -848,8 +848,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args, checkpoint = parse_args(argv)
         runtime = Runtime.start(args.device, args.amp)
         runtime.log(f"Device      {runtime}")
-        continues = continues_run(checkpoint, args)
-        if checkpoint and not continues:
+        if checkpoint and not args.continues:
             start = "a new run starts from its weights; " if args.resume else ""
             own_size = checkpoint["config"].get("image_size") == args.image_size
             known = ("classes and image size are its own" if own_size else
@@ -864,9 +863,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 totals = evaluate(models.fold_batch_norms(network), val, runtime, args.flip)
                 runtime.log(totals.table(config["class_names"]))
             else:
-                claim = partial(claimed.enter_context, claimed_folder(args, config, continues))
+                claim = partial(claimed.enter_context, claimed_folder(args, config))
                 run = Run(runtime.on_rank_0(claim, UserError), config, runtime)
-                train_network(network, run, checkpoint if continues else None, args)
+                train_network(network, run, checkpoint, args)
         runtime.close()
 
 

@@ -1,4 +1,4 @@
-"""metrics.py: each figure against hand-worked cases and a slow loop over pixels, the loss against torch's own."""
+"""metrics.py: each figure against hand-worked cases and a slow loop over pixels, the loss against torch's."""
 import math
 
 import numpy as np
@@ -39,7 +39,8 @@ def test_predicting_background_on_a_class_is_an_error():
 
 def test_absent_classes_are_left_out_of_the_averages():
     perfect = compute([[[1, 2]]], [[[1, 2]]])
-    assert [perfect[name] for name in ("dice", "mean_dice", "mean_iou", "pixel_accuracy", "class_accuracy")] == [1] * 5
+    names = ("dice", "mean_dice", "mean_iou", "pixel_accuracy", "class_accuracy")
+    assert [perfect[name] for name in names] == [1] * 5
     nothing_to_score = compute([[[0, 0]]], [[[0, 0]]])
     assert nothing_to_score["dice"] == 1 and math.isnan(nothing_to_score["mean_iou"])
 
@@ -48,7 +49,8 @@ def test_absent_classes_are_left_out_of_the_averages():
 def test_against_a_slow_loop(dtype):
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(20, (3, 9, 11), generator=generator).to(dtype)
-    predictions = torch.where(torch.rand(labels.shape, generator=generator) < 0.6, labels, (labels + 1) % 20).to(dtype)
+    right = torch.rand(labels.shape, generator=generator) < 0.6
+    predictions = torch.where(right, labels, (labels + 1) % 20).to(dtype)
     totals = SegmentationMetrics(20)
     for i in range(3):  # batch by batch
         totals.update(predictions[i : i + 1], labels[i : i + 1])
@@ -73,7 +75,8 @@ def test_against_a_slow_loop(dtype):
 
 def test_loss_is_per_pixel_however_the_split_is_divided():
     generator = torch.Generator().manual_seed(0)
-    logits, labels = torch.randn(5, 4, 6, 6, generator=generator), torch.randint(4, (5, 6, 6), generator=generator)
+    logits = torch.randn(5, 4, 6, 6, generator=generator)
+    labels = torch.randint(4, (5, 6, 6), generator=generator)
     for sizes in ([5], [2, 3], [1, 1, 3]):
         totals = SegmentationMetrics(4)
         for part, truth in zip(logits.split(sizes), labels.split(sizes)):
@@ -118,7 +121,8 @@ def test_the_table_has_a_line_a_class_and_one_for_all():
     lines = totals.table(["void", "a road", "never seen"]).splitlines()
     assert lines[0].split() == ["class", "dice", "iou", "accuracy", "share", "of", "pixels"]
     assert lines[2].split() == ["a", "road", "0.6667", "1.0000", "1.0000", "33.33%"]
-    assert lines[3].split() == ["never", "seen", "-", "-", "-", "0.00%"] and lines[-1].startswith("dice 0.6667  mean_dice")
+    assert lines[3].split() == ["never", "seen", "-", "-", "-", "0.00%"]
+    assert lines[-1].startswith("dice 0.6667  mean_dice")
 
 
 def test_the_picture_of_the_confusion_matrix_leaves_absent_classes_blank(tmp_path):
@@ -134,7 +138,8 @@ def test_the_picture_of_the_confusion_matrix_leaves_absent_classes_blank(tmp_pat
 
 def make_logits(dtype=torch.float32, memory_format=torch.channels_last):
     generator = torch.Generator().manual_seed(0)
-    logits = (3 * torch.randn(2, 20, 8, 8, generator=generator)).to(dtype).contiguous(memory_format=memory_format)
+    logits = 3 * torch.randn(2, 20, 8, 8, generator=generator)
+    logits = logits.to(dtype).contiguous(memory_format=memory_format)
     labels = torch.randint(20, (2, 8, 8), generator=generator, dtype=torch.uint8)
     return logits.requires_grad_(), labels, torch.linspace(0.5, 2, 20)
 
@@ -190,7 +195,9 @@ def test_stretched_logits_are_scored_as_interpolation_argmax_and_cross_entropy_d
     assert torch.equal(score_stretched(logits, size)[0], predictions)
 
 
-@pytest.mark.parametrize("predictions", [torch.zeros(1, 20, 4, 4), torch.zeros(1, 4, 4), torch.zeros((1, 4, 5), dtype=torch.int64)])
+@pytest.mark.parametrize("predictions", [
+    torch.zeros(1, 20, 4, 4), torch.zeros(1, 4, 4), torch.zeros((1, 4, 5), dtype=torch.int64),
+])
 def test_logits_or_shapes_that_do_not_fit_are_refused(predictions):
     with pytest.raises(ValueError, match="argmax"):
         SegmentationMetrics(20).update(predictions, torch.zeros((1, 4, 4), dtype=torch.int64))

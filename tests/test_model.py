@@ -1,4 +1,4 @@
-"""model.py: the architecture against a functional re-statement, frozen means frozen, and weights from elsewhere."""
+"""model.py: the network against a functional re-statement, frozen means frozen, weights from elsewhere."""
 import pickle
 
 import pytest
@@ -10,7 +10,8 @@ import model as models
 from model import EfficientSegNet, SegNetDecoder, WeightsError, fold_batch_norms
 
 # (expansion, kernel, stride, in, out, repeats) of features[1..7], table 1 of the EfficientNet paper
-B0_STAGES = [(1, 3, 1, 32, 16, 1), (6, 3, 2, 16, 24, 2), (6, 5, 2, 24, 40, 2), (6, 3, 2, 40, 80, 3), (6, 5, 1, 80, 112, 3),
+B0_STAGES = [(1, 3, 1, 32, 16, 1), (6, 3, 2, 16, 24, 2), (6, 5, 2, 24, 40, 2), (6, 3, 2, 40, 80, 3),
+             (6, 5, 1, 80, 112, 3),
              (6, 5, 2, 112, 192, 4), (6, 3, 1, 192, 320, 1)]
 
 
@@ -30,7 +31,8 @@ def network():
 def restated(weights, x):
     """EfficientSegNet.eval() written down again, from the papers and the state_dict alone."""
     def batch_norm(x, name, eps=1e-5):
-        return F.batch_norm(x, weights[f"{name}.running_mean"], weights[f"{name}.running_var"], weights[f"{name}.weight"],
+        return F.batch_norm(x, weights[f"{name}.running_mean"], weights[f"{name}.running_var"],
+                            weights[f"{name}.weight"],
                             weights[f"{name}.bias"], eps=eps)
 
     def conv_norm(x, name, stride=1, groups=1):
@@ -49,7 +51,8 @@ def restated(weights, x):
         squeezed = x.mean(dim=(2, 3), keepdim=True)
         for layer, activation in (("fc1", silu), ("fc2", torch.sigmoid)):
             name_fc = f"{name}.block.{part + 1}.{layer}"
-            squeezed = activation(F.conv2d(squeezed, weights[f"{name_fc}.weight"], weights[f"{name_fc}.bias"]))
+            kernel, bias = weights[f"{name_fc}.weight"], weights[f"{name_fc}.bias"]
+            squeezed = activation(F.conv2d(squeezed, kernel, bias))
         x = conv_norm(x * squeezed, f"{name}.block.{part + 2}")
         return x + before if stride == 1 and x.shape == before.shape else x
 
@@ -60,10 +63,12 @@ def restated(weights, x):
         return x
 
     def decoder(x, name, skip=None):
-        x = F.conv_transpose2d(x, weights[f"{name}.upsampler.weight"], weights[f"{name}.upsampler.bias"], stride=2)
+        kernel, bias = weights[f"{name}.upsampler.weight"], weights[f"{name}.upsampler.bias"]
+        x = F.conv_transpose2d(x, kernel, bias, stride=2)
         if skip is not None:
             x = x + F.interpolate(skip, size=x.shape[2:], mode="bilinear", align_corners=False)
-        x = F.conv2d(x, weights[f"{name}.conv_block.0.weight"], weights[f"{name}.conv_block.0.bias"], padding=1)
+        kernel, bias = weights[f"{name}.conv_block.0.weight"], weights[f"{name}.conv_block.0.bias"]
+        x = F.conv2d(x, kernel, bias, padding=1)
         return batch_norm(x, f"{name}.conv_block.1").relu()
 
     x = silu(conv_norm(x, "encoder1.0", stride=2))
@@ -108,7 +113,8 @@ def test_decoder_resizes_its_skip_and_does_without():
 def test_one_kernel_is_upsampling_and_convolution_with_every_gradient(shape):
     """In float64, at the borders too, against the two steps one after the other."""
     torch.manual_seed(0)
-    upsampler, conv = torch.nn.ConvTranspose2d(5, 4, 2, stride=2).double(), torch.nn.Conv2d(4, 3, 3, padding=1).double()
+    upsampler = torch.nn.ConvTranspose2d(5, 4, 2, stride=2).double()
+    conv = torch.nn.Conv2d(4, 3, 3, padding=1).double()
     x = torch.randn(2, 5, *shape, dtype=torch.float64, requires_grad=True)
     leaves = [x, *upsampler.parameters(), *conv.parameters()]
     one, two = models.upsample_and_convolve(x, upsampler, conv), conv(upsampler(x))
@@ -131,7 +137,8 @@ def test_forward_is_decode_after_encode(network):
     images = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
         features = network.encode(images)
-        assert [tuple(one.shape[1:]) for one in features] == [(24, 16, 24), (40, 8, 12), (80, 4, 6), (112, 4, 6), (1280, 2, 3)]
+        shapes = [tuple(one.shape[1:]) for one in features]
+        assert shapes == [(24, 16, 24), (40, 8, 12), (80, 4, 6), (112, 4, 6), (1280, 2, 3)]
         assert torch.equal(network.decode(features), network(images))
 
 
@@ -150,7 +157,8 @@ def test_a_folded_network_follows_its_dtype_and_device(network, move):
     """None of it is hidden from .to(), as a tuple of modules would be."""
     images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     moved = move(fold_batch_norms(network))
-    assert {tensor.dtype for tensor in moved.state_dict().values() if tensor.is_floating_point()} == {torch.float64}
+    floats = [tensor for tensor in moved.state_dict().values() if tensor.is_floating_point()]
+    assert {tensor.dtype for tensor in floats} == {torch.float64}
     with torch.no_grad():
         logits = moved(images)
         assert logits.dtype == torch.float64
@@ -202,11 +210,13 @@ def test_depthwise_convolutions_stay_in_float32_under_bf16():
 def test_encoder_weights_from_a_file_with_and_without_classifier(tmp_path):
     backbone = efficientnet_b0()
     torch.save(backbone.state_dict(), tmp_path / "whole.pth")
-    torch.save({k: v for k, v in backbone.state_dict().items() if k.startswith("features.")}, tmp_path / "features.pth")
+    features = {k: v for k, v in backbone.state_dict().items() if k.startswith("features.")}
+    torch.save(features, tmp_path / "features.pth")
     for name in ("whole.pth", "features.pth"):
         network = EfficientSegNet(3, tmp_path / name)
         assert torch.equal(network.encoder5[2][0].weight, backbone.features[8][0].weight)
-        assert torch.equal(network.encoder1[1][0].block[0][0].weight, backbone.features[1][0].block[0][0].weight)
+        first = backbone.features[1][0].block[0][0].weight
+        assert torch.equal(network.encoder1[1][0].block[0][0].weight, first)
 
 
 def test_failed_download_names_file_place_and_flag(tmp_path, monkeypatch):
@@ -270,7 +280,8 @@ def save_half(network, path):
 
 NO_CHECKPOINTS = {
     "other": lambda network, path: torch.save({"out.weight": torch.zeros(20, 24, 1, 1)}, path),
-    "shape": lambda network, path: torch.save(network.state_dict() | {"encoder1.0.0.weight": torch.zeros(1)}, path),
+    "shape": lambda network, path: torch.save(
+        network.state_dict() | {"encoder1.0.0.weight": torch.zeros(1)}, path),
     "backbone": lambda network, path: torch.save(efficientnet_b0().state_dict(), path),
     "list": lambda network, path: torch.save([1, 2], path),
     "truncated": save_half,
@@ -278,7 +289,8 @@ NO_CHECKPOINTS = {
     "text": lambda network, path: path.write_text("not a checkpoint"),
     "folder": lambda network, path: path.mkdir(),
     "absent": lambda network, path: None,
-    "malicious": lambda network, path: torch.save({"model": network.state_dict(), "x": Malicious(path)}, path),
+    "malicious": lambda network, path: torch.save(
+        {"model": network.state_dict(), "x": Malicious(path)}, path),
     "pickle": lambda network, path: path.write_bytes(pickle.dumps(Malicious(path))),
 }
 
@@ -314,10 +326,12 @@ def traced(network, folder):
 
 def onnx_exported(network, folder):
     for name in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(name, reason="ONNX is exported only where onnx, onnxscript and onnxruntime are installed")
+        reason = "ONNX is exported only where onnx, onnxscript and onnxruntime are installed"
+        pytest.importorskip(name, reason=reason)
     import onnxruntime
     shapes = ({0: torch.export.Dim("batch")},)
-    torch.onnx.export(network, (torch.randn(2, 3, 64, 64),), folder / "model.onnx", dynamo=True, dynamic_shapes=shapes)
+    torch.onnx.export(network, (torch.randn(2, 3, 64, 64),), folder / "model.onnx", dynamo=True,
+                      dynamic_shapes=shapes)
     session = onnxruntime.InferenceSession(folder / "model.onnx")
     name = session.get_inputs()[0].name
     return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])

@@ -46,7 +46,8 @@ def weights(path):
 
 
 def same_weights(a, b):
-    return all(torch.equal(left, right) for left, right in zip(weights(a).values(), weights(b).values(), strict=True))
+    pairs = zip(weights(a).values(), weights(b).values(), strict=True)
+    return all(torch.equal(left, right) for left, right in pairs)
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +94,8 @@ def test_checkpoints_hold_plain_types_and_each_tensor_once(run_dir):
 
 
 def test_training_lowers_the_loss_and_the_checkpoint_predicts_the_same_after_reloading(scenes, tmp_path):
-    train.main(arguments(scenes, tmp_path / "run", "--num_epochs", 6, "--batch_size", 2, "--learning_rate", 3e-3))
+    argv = arguments(scenes, tmp_path / "run", "--num_epochs", 6, "--batch_size", 2)
+    train.main([*argv, "--learning_rate", "3e-3"])
     rows = rows_of(tmp_path / "run")
     assert float(rows[-1]["train_loss"]) < 0.8 * float(rows[0]["train_loss"])
     photo = dataset.read_image(scenes / "val" / "1.jpg").crop((0, 0, 256, 256))
@@ -118,9 +120,11 @@ def test_evaluate_and_predict_agree_on_composites_of_any_size(scenes, run_dir, t
     for name, height in (("1.jpg", 256), ("2.jpg", 256), ("3.jpg", 320)):
         composite = Image.open(scenes / "val" / name).resize((2 * height, height), Image.Resampling.NEAREST)
         composite.save(tmp_path / "data" / "val" / name.replace("jpg", "png"))
-    train.main(["--evaluate", str(run_dir / "best.pth"), "--data_dir", str(tmp_path / "data"), "--device", "cpu", *flip])
+    train.main(["--evaluate", str(run_dir / "best.pth"), "--data_dir", str(tmp_path / "data"),
+                "--device", "cpu", *flip])
     scored = figures_line(capsys.readouterr().out).split()
-    predict([str(tmp_path / "data" / "val"), "--composite", "--checkpoint", str(run_dir / "best.pth"), "--device", "cpu",
+    predict([str(tmp_path / "data" / "val"), "--composite", "--checkpoint", str(run_dir / "best.pth"),
+             "--device", "cpu",
              "--output", str(tmp_path / "masks"), *flip])
     together = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("All 3"))
     assert f"dice {scored[1]}" in together and f"mean IoU {scored[5]}" in together
@@ -129,7 +133,8 @@ def test_evaluate_and_predict_agree_on_composites_of_any_size(scenes, run_dir, t
 def test_flip_changes_the_figures(scenes, run_dir, capsys):
     lines = []
     for flip in ([], ["--flip"]):
-        train.main(["--evaluate", str(run_dir / "best.pth"), "--data_dir", str(scenes), "--device", "cpu", *flip])
+        train.main(["--evaluate", str(run_dir / "best.pth"), "--data_dir", str(scenes),
+                    "--device", "cpu", *flip])
         lines.append(figures_line(capsys.readouterr().out))
     assert lines[0] != lines[1]
 
@@ -152,7 +157,8 @@ def test_short_memory_keeps_less_and_says_so(scenes, tmp_path, capsys, monkeypat
 
 
 def test_float32_features_are_kept_as_float16_where_only_half_fits(scenes, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(utils, "available_memory", lambda: 1_000_000)  # 15 images: 1.0 MB, MEMORY_SHARE of this 0.8
+    # 15 images: 1.0 MB, MEMORY_SHARE of this 0.8
+    monkeypatch.setattr(utils, "available_memory", lambda: 1_000_000)
     train.main(arguments(scenes, tmp_path / "run", "--num_epochs", 1, "--amp", "off"))
     assert "as float16 in host memory, half of what torch.float32 takes" in capsys.readouterr().out
     assert load(tmp_path / "run" / "last.pth")["config"]["features"] == ["cpu", "float16"]
@@ -190,7 +196,8 @@ def test_the_log_of_a_run_in_a_file_has_no_carriage_returns(scenes, tmp_path):
     assert process.exitcode == 0 and "\r" not in text, text
     lines = text.splitlines()
     assert [line.split()[0] for line in lines if "*" in line][0] == "1/2"
-    for word in ("Device", "825,108 trainable", "4,007,548 frozen", "4 images a step", "traffic light", "last.pth"):
+    for word in ("Device", "825,108 trainable", "4,007,548 frozen", "4 images a step", "traffic light",
+                 "last.pth"):
         assert word in text
     assert len(lines) < 60
 
@@ -237,7 +244,8 @@ def test_the_learning_rate_is_a_function_of_progress(progress, factor):
 def make_trainer(finetune=False, amp="off", n_steps=10, class_weights=None):
     torch.manual_seed(0)
     runtime = Runtime.start("cpu", amp)
-    network = models.EfficientSegNet(20, "none", finetune_encoder=finetune).to(memory_format=torch.channels_last)
+    network = models.EfficientSegNet(20, "none", finetune_encoder=finetune)
+    network.to(memory_format=torch.channels_last)
     class_weights = torch.linspace(0.5, 1.5, 20) if class_weights is None else class_weights
     return train.Trainer(network.train(), class_weights, 1e-3, n_steps, runtime)
 
@@ -271,7 +279,8 @@ def test_a_step_is_adamw_on_the_weighted_loss_and_reports_the_plain_one(finetune
     assert figures["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
     assert figures["dice"] == pytest.approx((logits.argmax(1) == labels).float().mean().item(), abs=1e-3)
     for new, old in zip(trainer.network.parameters(), plain.parameters()):
-        if old.grad is not None:  # AdamW's first step moves by the rate, up or down: by chance where the gradient is 0
+        # AdamW's first step moves by the rate, up or down: by chance where the gradient is 0.
+        if old.grad is not None:
             clear = old.grad.abs() > max(1e-3 * old.grad.abs().max(), 1e-6)
             torch.testing.assert_close(new[clear], old[clear], rtol=1e-4, atol=0.02 * rate)
 
@@ -321,7 +330,8 @@ def test_trainer_state_goes_on_where_it_was():
 
 
 def test_with_a_frozen_encoder_rare_classes_count_more():
-    often, seldom, never = train.build_class_weights(torch.tensor([900, 100, 0]), finetune_encoder=False).tolist()
+    class_weights = train.build_class_weights(torch.tensor([900, 100, 0]), finetune_encoder=False)
+    often, seldom, never = class_weights.tolist()
     assert seldom / often == pytest.approx(9 ** -train.CLASS_WEIGHT_POWER) and math.isfinite(never)
     assert 0.9 * often + 0.1 * seldom == pytest.approx(1)  # the mean over the pixels
 
@@ -366,7 +376,8 @@ def uninterrupted(scenes, tmp_path_factory):
 
 def without_times(run):
     timed = ("seconds", "images_per_second")
-    return [{name: value for name, value in row.items() if name not in timed} for row in load(run / "last.pth")["history"]]
+    return [{name: value for name, value in row.items() if name not in timed}
+            for row in load(run / "last.pth")["history"]]
 
 
 def test_a_run_killed_at_random_moments_ends_with_the_same_weights(scenes, uninterrupted, tmp_path):
@@ -417,7 +428,8 @@ def kill_while_saving(argv):
 
 def test_kill_in_the_middle_of_a_save_leaves_a_checkpoint_to_resume(scenes, uninterrupted, tmp_path):
     output = tmp_path / "run"
-    process = start(kill_while_saving, arguments(scenes, output, "--num_epochs", 4, "--batch_size", 2), tmp_path / "log")
+    argv = arguments(scenes, output, "--num_epochs", 4, "--batch_size", 2)
+    process = start(kill_while_saving, argv, tmp_path / "log")
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
     assert load(output / "last.pth")["epoch"] == 1
@@ -428,7 +440,7 @@ def test_kill_in_the_middle_of_a_save_leaves_a_checkpoint_to_resume(scenes, unin
 
 
 def train_in_the_foreground(argv):
-    """Ctrl-C reaches it even if the tests themselves run as a shell's background job, which ignores SIGINT."""
+    """Ctrl-C reaches it even if the tests themselves run as a shell's background job that ignores SIGINT."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     train.main(argv)
 
@@ -462,7 +474,8 @@ def train_and_encode_slowly(argv):
 
 
 @pytest.mark.parametrize("signal_number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stopping_before_the_first_epoch_is_polite_and_leaves_the_folder_free(scenes, tmp_path, signal_number, status):
+def test_stopping_before_the_first_epoch_is_polite_and_leaves_the_folder_free(
+        scenes, tmp_path, signal_number, status):
     log, output = tmp_path / "log", tmp_path / "run"
     process = start(train_and_encode_slowly, arguments(scenes, output, "--num_epochs", 2), log)
     while "Features" not in (log.read_text() if log.exists() else ""):
@@ -477,7 +490,7 @@ def test_stopping_before_the_first_epoch_is_polite_and_leaves_the_folder_free(sc
 
 
 def limit_file_size(argv):
-    """The disk as full as it gets without root: no file may grow beyond 22 MB, enough for best.pth, not for last.pth."""
+    """As full as a disk gets without root: no file over 22 MB, enough for best.pth, not for last.pth."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (22_000_000, 22_000_000))
     train.main(argv)
 
@@ -498,7 +511,8 @@ def test_more_epochs_extend_a_finished_run_along_the_longer_schedule(scenes, run
     train.main(["--resume", str(output / "last.pth"), "--num_epochs", "4"])
     rates = [float(row["learning_rate"]) for row in rows_of(output)]
     assert len(rates) == 4 and rates[1] == pytest.approx(1e-5)  # the short run had ended low
-    assert rates[2] > rates[1] and rates[3] == pytest.approx(1e-5)  # the longer cosine goes on from its own middle
+    # The longer cosine goes on from its own middle.
+    assert rates[2] > rates[1] and rates[3] == pytest.approx(1e-5)
 
 
 def test_a_run_stopped_between_its_last_epoch_and_its_report_still_gets_the_report(run_dir, tmp_path):
@@ -512,8 +526,10 @@ def test_a_run_stopped_between_its_last_epoch_and_its_report_still_gets_the_repo
 
 
 def test_resuming_from_a_bare_state_dict_starts_a_new_run_from_its_weights(run_dir, scenes, tmp_path, capsys):
-    torch.save({f"module.{key}": value for key, value in weights(run_dir / "best.pth").items()}, tmp_path / "bare.pth")
-    argv = ["--data_dir", scenes, "--output_dir", tmp_path / "run", "--num_epochs", 1, "--image_size", 64, "--device", "cpu"]
+    bare = {f"module.{key}": value for key, value in weights(run_dir / "best.pth").items()}
+    torch.save(bare, tmp_path / "bare.pth")
+    argv = ["--data_dir", scenes, "--output_dir", tmp_path / "run", "--num_epochs", 1, "--image_size", 64,
+            "--device", "cpu"]
     train.main(["--resume", str(tmp_path / "bare.pth"), *map(str, argv)])
     output = capsys.readouterr().out
     assert "a new run starts from its weights; taking the first 20 of CLASSES and --image_size 64" in output
@@ -547,8 +563,8 @@ def test_any_number_of_ranks_scores_a_split_alike(scenes, run_dir, tmp_path):
 def take_one_step(argv):
     """The real step on this rank's share of four images; rank 0 saves what it did to the weights.
 
-    Batch-norm statistics are frozen, and all is in float64: rounding in float32 the random encoder's last stage
-    would make a thousandth of.
+    Batch-norm statistics are frozen, and all is in float64: rounding in float32 the random encoder's last
+    stage would make a thousandth of.
     """
     torch.set_num_threads(1)  # on some CPUs the last bits of a convolution depend on it
     torch.set_default_dtype(torch.float64)
@@ -560,7 +576,8 @@ def take_one_step(argv):
     labels = torch.randint(20, (4, 64, 64), dtype=torch.uint8)
     gradients = {}
     trainer.optimizer.register_step_pre_hook(lambda *_: gradients.update(
-        {name: parameter.grad.clone() for name, parameter in network.named_parameters() if parameter.requires_grad}))
+        {name: parameter.grad.clone() for name, parameter in network.named_parameters()
+         if parameter.requires_grad}))
     share = slice(runtime.rank, None, runtime.world_size)
     trainer.step([one[share] for one in features], labels[share])
     if runtime.rank == 0:
@@ -576,7 +593,8 @@ def test_two_ranks_with_batch_two_take_the_step_of_one_with_batch_four(tmp_path)
         gradients.append(load(tmp_path / f"{n_ranks}.pth"))
     assert len(gradients[0]) == 32
     for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-6 * gradient.abs().max().item())
+        atol = 1e-6 * gradient.abs().max().item()
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=atol)
 
 
 def note_what_is_read(argv):
@@ -597,13 +615,15 @@ def test_each_rank_reads_its_own_share_and_none_is_left_out(scenes, tmp_path):
     statuses, logs = run_ranks(note_what_is_read, argv, 3, tmp_path)
     assert statuses == [0, 0, 0], logs
     shares = [(tmp_path / f"read{rank}").read_text().split() for rank in range(3)]
-    assert sorted(sum(shares, [])) == sorted(f"{path.parent.name}/{path.name}" for path in scenes.rglob("*.jpg"))
+    composites = [f"{path.parent.name}/{path.name}" for path in scenes.rglob("*.jpg")]
+    assert sorted(sum(shares, [])) == sorted(composites)
     assert [sum("train" in name for name in share) for share in shares] == [3, 3, 2]
     assert "1 epochs of 1 steps, 2 x 3 = 6 images a step" in logs[0]
 
 
 def test_steps_are_those_of_the_smallest_share_and_left_over_images_change():
-    plan = train.Plan.make(train.get_args_parser().parse_args([]), 22, Runtime(torch.device("cpu"), None, "", 0, 2))
+    args, runtime = train.get_args_parser().parse_args([]), Runtime(torch.device("cpu"), None, "", 0, 2)
+    plan = train.Plan.make(args, 22, runtime)
     assert plan.steps == 2 and plan.batch_size == 4
     left_over = [set(range(11)) - set(sum(plan.batches(11, epoch, 0), [])) for epoch in range(1, 20)]
     assert all(len(left) == 3 for left in left_over) and set.union(*left_over) == set(range(11))
@@ -627,7 +647,8 @@ def test_more_processes_than_composites_are_refused(scenes, tmp_path):
 
 
 def torchrun(*argv):
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}",
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+            f"--master_port={free_port()}",
             "train.py", *argv]
 
 
@@ -642,7 +663,8 @@ def test_torchrun_trains_and_one_process_resumes(scenes, tmp_path):
     assert load(output / "last.pth")["epoch"] == 2
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the rank's process in /proc, Linux's alone")
+@pytest.mark.skipif(not Path("/proc/self/task").exists(),
+                    reason="finds the rank's process in /proc, Linux's alone")
 def test_a_rank_that_dies_takes_the_job_down_and_the_run_resumes(scenes, tmp_path):
     output, log = tmp_path / "run", tmp_path / "log"
     with open(log, "w") as file:
@@ -663,7 +685,9 @@ def test_a_rank_that_dies_takes_the_job_down_and_the_run_resumes(scenes, tmp_pat
     assert load(output / "last.pth")["epoch"] == epoch + 1
 
 
-@pytest.mark.parametrize("variables", [{"WORLD_SIZE": "4"}, {"RANK": "3"}, {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "1"}])
+@pytest.mark.parametrize("variables", [
+    {"WORLD_SIZE": "4"}, {"RANK": "3"}, {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "1"},
+])
 def test_stray_variables_of_a_scheduler_are_no_processes(scenes, run_dir, tmp_path, variables):
     log = tmp_path / "log"
     argv = ["--evaluate", run_dir / "best.pth", "--data_dir", scenes, "--device", "cpu"]
@@ -673,7 +697,8 @@ def test_stray_variables_of_a_scheduler_are_no_processes(scenes, run_dir, tmp_pa
 
 
 def test_train_runs_in_a_thread(scenes, tmp_path):
-    thread = threading.Thread(target=train.main, args=(arguments(scenes, tmp_path / "run", "--num_epochs", 1),))
+    argv = arguments(scenes, tmp_path / "run", "--num_epochs", 1)
+    thread = threading.Thread(target=train.main, args=(argv,))
     thread.start()
     thread.join(120)
     assert (tmp_path / "run" / "last.pth").exists()
