@@ -292,6 +292,7 @@ class Trainer:
         self.encoder = network if network.finetune_encoder else models.fold_batch_norms(network)
         self.decode = network.decode
         self.generator: torch.Generator | None = None  # of augmentation
+        self.learning_rate = 0.0  # the decoders', in the last step
         self.figures = metrics.SegmentationMetrics(len(class_weights), runtime.device)
         self.peaks, parameters = [learning_rate], [network.decoder_parameters()]
         if network.finetune_encoder:
@@ -307,19 +308,16 @@ class Trainer:
         one_launch = cuda and runtime.world_size == 1 and not network.finetune_encoder
         self.update = CudaGraph(self._update, runtime) if one_launch else self._update
 
-    @property
-    def learning_rate(self) -> float:
-        """The decoders', in the last step."""
-        return self.peaks[0] * learning_rate_factor(self.steps_done / self.n_steps)
-
     def step(self, inputs: Tensor | Sequence[Tensor], labels: Tensor) -> None:
         """One training step, whose figures are added to `self.figures`.
 
         `inputs` are uint8 images (B, 3, S, S) or the encoder's five feature maps, `labels` uint8 (B, S, S).
         """
         self.steps_done += 1
+        factor = learning_rate_factor(self.steps_done / self.n_steps)
+        self.learning_rate = self.peaks[0] * factor
         for group, peak in zip(self.optimizer.param_groups, self.peaks):
-            group["lr"].fill_(peak * learning_rate_factor(self.steps_done / self.n_steps))
+            group["lr"].fill_(peak * factor)
         if isinstance(inputs, Tensor):
             if self.generator:
                 inputs, labels = dataset.augment(inputs, labels, self.generator)
@@ -458,8 +456,7 @@ def describe_run(args: Namespace, runtime: Runtime) -> dict:
         "class_names": [entry.name for entry in classes],
         "class_colors": [list(map(int, entry.color)) for entry in classes],
         "void_colors": [list(map(int, color)) for color in dataset.VOID_COLORS.values()],
-        "mean": list(dataset.MEAN),
-        "std": list(dataset.STD),
+        "mean": list(dataset.MEAN), "std": list(dataset.STD),
         "settings": {name: getattr(args, name) for name in RECIPE} | {"data_dir": str(args.data_dir)},
         "scored_on": {path.name: path.stat().st_size for path in scored},
         "features": None,  # [device, dtype] where they are kept
@@ -726,6 +723,8 @@ def report_best(trainer: Trainer, val: Split, run: Run) -> None:
     if samples := predict_samples(network, val, trainer.runtime):
         figure = utils.plot_predictions(samples, names, dataset.project_decoder().colors)
         run.write(utils.save_figure, "predictions.png", figure)
+    else:
+        utils.say("warning: no predictions.png: its composites cannot be read any more", "stderr")
     written = [str(run.folder / name) for name in RUN_FILES if (run.folder / name).is_file()]
     utils.say("\n  ".join(["\nWritten:", *written]))
 
