@@ -232,10 +232,16 @@ def load_checkpoint(path: str | Path) -> dict:
 
 def model_from_checkpoint(checkpoint: dict, path: str | Path, *,
                           finetune_encoder: bool = False) -> EfficientSegNet:
-    """The network of a `load_checkpoint` result. WeightsError if it is of another architecture."""
-    n_classes = len(checkpoint["model"]["out.weight"])
+    """The network of a `load_checkpoint` result, with averaged weights where it has them.
+
+    WeightsError if it is of another architecture.
+    """
+    tensors, average = checkpoint["model"], checkpoint.get("average")
+    if isinstance(average, dict) and average.keys() <= tensors.keys():  # of a last.pth
+        tensors = tensors | average
+    n_classes = len(tensors["out.weight"])
     network = EfficientSegNet(n_classes, encoder_weights=None, finetune_encoder=finetune_encoder)
-    load_strictly(network, checkpoint["model"], f"checkpoint {path}", "a checkpoint of EfficientSegNet")
+    load_strictly(network, tensors, f"checkpoint {path}", "a checkpoint of EfficientSegNet")
     return network
 
 

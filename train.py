@@ -45,6 +45,7 @@ CLASS_WEIGHT_POWER = -0.2  # frozen: a pixel counts as its class's share to this
 FINETUNE_BACKGROUND_WEIGHT = 0.25  # a fine-tuned network calls too many hard pixels background
 WARMUP = 0.05  # of all steps: fresh decoders behind trained features get large, useless gradients at first
 FINAL_LEARNING_RATE = 0.01  # of the peak
+AVERAGED = 0.1  # share of the steps so far: batch-norm statistics of the last few steps alone are noise
 EVALUATION_BATCH = {"cpu": 4, "cuda": 16, "mps": 16}  # larger ones leave a CPU's caches
 PREDICTION_SAMPLES = 4  # rows of predictions.png
 BAR_SECONDS = 1.0  # how often the host waits for the device to show loss and dice
@@ -73,11 +74,11 @@ def get_args_parser() -> utils.ArgumentParser:
                       help="holds train/ and val/ with composites, %(default)s if left out")
     data.add_argument("--demo", action="store_true", help="the synthetic street scenes in images/demo")
     add = recipe.add_argument
-    add("--num_epochs", type=utils.whole_number(1), default=10, metavar="N",
+    add("--num_epochs", type=utils.whole_number(1), default=15, metavar="N",
         help="passes over train/, %(default)s if left out")
     add("--batch_size", type=utils.whole_number(1), default=4, metavar="N",
         help="images a step in each process, %(default)s if left out")
-    add("--learning_rate", type=utils.positive_float, default=1e-3, metavar="RATE",
+    add("--learning_rate", type=utils.positive_float, default=3e-3, metavar="RATE",
         help=f"AdamW's peak, %(default)s if left out; a cosine ends at {FINAL_LEARNING_RATE:.0%}% of it")
     n_classes = len(dataset.CLASSES)
     add("--num_classes", type=utils.whole_number(2, n_classes), default=n_classes, metavar="N",
@@ -171,7 +172,7 @@ def check_checkpoint(checkpoint: dict, path: Path, args: Namespace) -> None:
                         f"{len(dataset.CLASSES)}; add what is missing there")
     if not args.continues:
         return
-    if "best" not in checkpoint:
+    if not {"best", "average"} <= checkpoint.keys():
         raise UserError(f"--resume {path}: an older version of this program wrote it; start a new run from "
                         "its weights: --resume the best.pth beside it")
     own = path.resolve()
@@ -278,6 +279,10 @@ def learning_rate_factor(progress: float) -> float:
 class Trainer:
     """A network and all that its training changes: optimizer, loss scaler, place in the schedule, figures.
 
+    Attributes:
+        average: the network to score and to use. Its weights and batch-norm statistics are averages over
+            the last tenth of the steps so far (after Shamir and Zhang, 2013, arXiv:1212.1824).
+
     Args:
         network: on the runtime's device, with its weights; the same on every rank.
         class_weights: float32 (n_classes,), what a pixel of each class counts in the loss.
@@ -294,6 +299,11 @@ class Trainer:
         self.generator: torch.Generator | None = None  # of augmentation
         self.learning_rate = 0.0  # the decoders', in the last step
         self.figures = metrics.SegmentationMetrics(len(class_weights), runtime.device)
+        self.average = copy.deepcopy(network).requires_grad_(False)
+        averages, self.averaging_rate = self.average.state_dict(), torch.tensor(0.0, device=runtime.device)
+        moving = [key for key, value in averages.items() if value.is_floating_point()
+                  and (network.finetune_encoder or not key.startswith("encoder"))]
+        self.averaged = {key: (averages[key], network.state_dict()[key]) for key in moving}
         self.peaks, parameters = [learning_rate], [network.decoder_parameters()]
         if network.finetune_encoder:
             self.peaks.append(learning_rate * ENCODER_LEARNING_RATE)
@@ -318,6 +328,7 @@ class Trainer:
         self.learning_rate = self.peaks[0] * factor
         for group, peak in zip(self.optimizer.param_groups, self.peaks):
             group["lr"].fill_(peak * factor)
+        self.averaging_rate.fill_(1 / max(AVERAGED * self.steps_done, 1))
         if isinstance(inputs, Tensor):
             if self.generator:
                 inputs, labels = dataset.augment(inputs, labels, self.generator)
@@ -340,6 +351,8 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        for average, value in self.averaged.values():
+            average.lerp_(value, self.averaging_rate)
         self.figures.update(predictions, labels, plain_loss)
 
     def average_gradients(self) -> None:
@@ -381,7 +394,8 @@ class Trainer:
     def state_dict(self) -> dict:
         """What last.pth keeps of it."""
         return {"model": self.network.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict()}
+                "scaler": self.scaler.state_dict(),
+                "average": {key: average for key, (average, _) in self.averaged.items()}}
 
     def load_state_dict(self, state: dict, steps_done: int) -> None:
         """Go on from a state_dict(), at this step of this run's schedule.
@@ -389,6 +403,7 @@ class Trainer:
         KeyError, TypeError or ValueError if the state is of another kind of run.
         """
         self.network.load_state_dict(state["model"])
+        self.average.load_state_dict(state["model"] | state["average"])
         own = [{key: group[key] for key in ("lr", "fused", "capturable")}
                for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
@@ -528,8 +543,8 @@ class Run:
         self.history, best = checkpoint["history"], checkpoint["best"]
         measure = ("scored_on", "class_names", "class_colors", "void_colors", "image_size")
         if all(checkpoint["config"].get(key) == self.config[key] for key in measure):
-            self.best |= {"model": checkpoint["model"] | best["model"], "epoch": best["epoch"],
-                          "best_dice": checkpoint["best_dice"]}
+            self.best |= {"model": checkpoint["model"] | checkpoint["average"] | best["model"],
+                          "epoch": best["epoch"], "best_dice": checkpoint["best_dice"]}
             self.write(utils.write_checkpoint, "best.pth", self.best)
         elif checkpoint["epoch"] >= self.config["settings"]["num_epochs"]:
             raise UserError(f"--resume: the run has finished its {checkpoint['epoch']} epochs, and was "
@@ -545,14 +560,15 @@ class Run:
         """
         self.history.append(row)
         state = trainer.state_dict()
+        scored = state["model"] | state["average"]
         is_best = row["val_dice"] > self.best["best_dice"]
         if is_best:
-            copied = {key: value.cpu().clone() for key, value in state["model"].items()}
+            copied = {key: value.cpu().clone() for key, value in scored.items()}
             self.best |= {"model": copied, "epoch": row["epoch"], "best_dice": row["val_dice"]}
             self.write(utils.write_checkpoint, "best.pth", self.best)
         if self.runtime.rank == 0:
             differing = {key: value for key, value in self.best["model"].items()
-                         if not torch.equal(value, state["model"][key].cpu())}
+                         if not torch.equal(value, scored[key].cpu())}
             self.write(utils.write_checkpoint, "last.pth", state | {
                 "epoch": row["epoch"], "best_dice": self.best["best_dice"], "history": self.history,
                 "config": self.config, "best": {"epoch": self.best["epoch"], "model": differing}})
@@ -617,8 +633,9 @@ def fit(trainer: Trainer, plan: Plan, splits: dict[str, Split], run: Run) -> Non
         with progress(f"Epoch {epoch}/{plan.num_epochs}", images_per_epoch, runtime) as bar:
             train = train_one_epoch(trainer, splits["train"].batches(order, runtime.device), epoch, bar)
         train_seconds = time.monotonic() - started
-        share_weights(network, runtime)  # batch-norm statistics differ between ranks; rank 0's count
-        val = evaluate(models.fold_batch_norms(network), splits["val"], runtime).compute()
+        for one in (network, trainer.average):
+            share_weights(one, runtime)  # batch-norm statistics differ between ranks; rank 0's count
+        val = evaluate(models.fold_batch_norms(trainer.average), splits["val"], runtime).compute()
         check_loss(val["loss"], "validation loss", epoch, trainer)
         row = {"epoch": epoch, "learning_rate": trainer.learning_rate,
                "train_loss": train["loss"], "train_dice": train["dice"],

@@ -42,7 +42,9 @@ def load(path):
 
 
 def weights(path):
-    return load(path)["model"]
+    """All that is trained or averaged, by names of its own."""
+    checkpoint = load(path)
+    return checkpoint["model"] | {f"average {key}": value for key, value in checkpoint.get("average", {}).items()}
 
 
 def same_weights(a, b):
@@ -86,7 +88,8 @@ def test_config_and_table_name_the_classes(run_dir):
 
 def test_checkpoints_hold_plain_types_and_each_tensor_once(run_dir):
     last, best = load(run_dir / "last.pth"), load(run_dir / "best.pth")
-    assert set(last) == {"model", "optimizer", "scaler", "epoch", "best_dice", "best", "history", "config"}
+    assert set(last) == {"model", "average", "optimizer", "scaler", "epoch", "best_dice", "best", "history",
+                         "config"}
     assert set(best) == {"model", "epoch", "best_dice", "config"}
     assert {key.split(".")[0].rstrip("12345") for key in best["model"]} == {"encoder", "decoder", "out"}
     assert last["history"][-1]["epoch"] == last["epoch"] == 2
@@ -103,10 +106,12 @@ def test_training_lowers_the_loss_and_the_checkpoint_predicts_the_same_after_rel
     assert first.shape == (256, 256) and np.array_equal(first, second) and len(np.unique(first)) > 2
 
 
-def test_evaluating_the_best_checkpoint_repeats_its_figures(scenes, run_dir, capsys):
-    train.main(["--evaluate", str(run_dir / "best.pth"), "--data_dir", str(scenes), "--device", "cpu"])
-    best = max(float(row["val_dice"]) for row in rows_of(run_dir))
-    assert f"dice {best:.4f}" in capsys.readouterr().out
+@pytest.mark.parametrize("name, choose", [("best.pth", max), ("last.pth", lambda values: list(values)[-1])])
+def test_evaluating_a_checkpoint_repeats_its_figures(scenes, run_dir, capsys, name, choose):
+    """Those of the averaged weights, which last.pth holds beside the others."""
+    train.main(["--evaluate", str(run_dir / name), "--data_dir", str(scenes), "--device", "cpu"])
+    dice = choose(float(row["val_dice"]) for row in rows_of(run_dir))
+    assert f"dice {dice:.4f}" in capsys.readouterr().out
 
 
 def figures_line(text):
@@ -292,6 +297,24 @@ def test_features_and_images_are_two_ways_into_one_step():
     by_features.step(by_features.encode(images), labels)
     for left, right in zip(by_images.network.parameters(), by_features.network.parameters()):
         assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("finetune", [False, True])
+def test_averages_span_the_last_tenth_of_the_steps(finetune):
+    trainer, (images, labels) = make_trainer(finetune, n_steps=30), make_batch(size=32)
+    names = ["decoder1.conv_block.0.weight", "decoder5.conv_block.1.running_var", "encoder1.0.0.weight"]
+    expected = {}
+    for step in range(1, 26):
+        trainer.step(images, labels)
+        for name in names:
+            value = trainer.network.state_dict()[name]
+            rate = 1 / max(train.AVERAGED * step, 1)
+            expected[name] = value.clone() if rate == 1 else expected[name].lerp(value, rate)
+    for name in names:
+        average, value = (one.state_dict()[name] for one in (trainer.average, trainer.network))
+        torch.testing.assert_close(average, expected[name])
+        moves = finetune or not name.startswith("encoder")
+        assert torch.equal(average, value) != moves and (name in trainer.state_dict()["average"]) == moves
 
 
 def test_fp16_scales_the_loss_and_steps_alike():
