@@ -177,6 +177,7 @@ def is_torchrun() -> bool:
 
 
 def own_rank() -> int:
+    """This process's place among those of its job."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -297,13 +298,11 @@ class Runtime:
         device = select_device(device_name)
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # shapes are fixed: the search for the fastest kernels pays
-        rank, world_size = 0, 1
-        if is_torchrun():
-            rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        world_size = int(os.environ["WORLD_SIZE"]) if is_torchrun() else 1
         if world_size > 1 and not dist.is_initialized():
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(minutes=60))  # rank 0's download takes a while
-        return cls(device, *select_amp(amp, device), rank, world_size)
+        return cls(device, *select_amp(amp, device), own_rank(), world_size)
 
     def gather(self, value: object) -> list:
         """A value of every process, by rank."""
@@ -335,8 +334,7 @@ class Runtime:
                 dist.destroy_process_group()
 
     def autocast(self) -> torch.autocast:
-        """A context in the runtime's precision."""
-        # Each weight is used once in a pass, so a cache of casts saves nothing, and CUDA graphs allow none.
+        """A context in the runtime's precision; a cache of casts saves nothing and breaks CUDA graphs."""
         return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None,
                               cache_enabled=False)
 
