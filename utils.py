@@ -501,7 +501,7 @@ def plot_curves(history: Sequence[dict], image_size: int) -> Figure:
             axes.plot(epochs, [row[f"{split}_{name}"] for row in history], style, label=label)
         axes.set(xlabel="epoch", ylabel=ylabel, title=name.capitalize(),
                  xlim=(epochs[0] - 0.5, epochs[-1] + 0.5))
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)
     return figure
