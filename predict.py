@@ -2,15 +2,17 @@
 
 From Python: `predictions = Segmenter("runs/x/best.pth")(photo)`.
 """
+import contextlib
 import io
+import math
 import os
 import time
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -86,22 +88,18 @@ class Segmenter:
 def read_class_table(config: dict, n_classes: int, checkpoint: str | Path) -> tuple[list[str], np.ndarray]:
     """Names and colours, uint8 (n_classes, 3), of a checkpoint's classes; dataset.py's where it has none.
 
-    Raises:
-        model.WeightsError: they are not one name and one colour for each class.
+    WeightsError if they are not one name and one colour for each class.
     """
     known = dataset.CLASSES[:n_classes]
     names = config.get("class_names", [entry.name for entry in known])
     colors = config.get("class_colors", [entry.color for entry in known])
-    try:
+    with contextlib.suppress(TypeError, ValueError, OverflowError):  # from entries of any other type
         palette = np.array(colors, dtype=np.uint8)
-        fits = len(names) == n_classes <= 256 and palette.shape == (n_classes, 3)
-        fits = fits and all(isinstance(name, str) for name in names)
-    except (TypeError, ValueError, OverflowError):
-        fits = False
-    if not fits:
-        raise models.WeightsError(f"{checkpoint} has {n_classes} classes, not a name and colour for each; "
-                                  f"pass one of train.py, or list {n_classes} in CLASSES of dataset.py")
-    return list(names), palette
+        is_named = len(names) == n_classes and all(isinstance(name, str) for name in names)
+        if is_named and palette.shape == (n_classes, 3) and n_classes <= 256:
+            return list(names), palette
+    raise models.WeightsError(f"{checkpoint} has {n_classes} classes, not a name and colour for each; "
+                              f"pass one of train.py, or list {n_classes} in CLASSES of dataset.py")
 
 
 def as_image(photo: Image.Image | np.ndarray) -> Image.Image:
@@ -124,48 +122,34 @@ def get_args_parser() -> utils.ArgumentParser:
     add = parser.add_argument
     add("photos", nargs="+", type=Path, metavar="PHOTO_OR_FOLDER",
         help="any size and mode that Pillow reads; of a folder, its images in natural order")
-    add("--checkpoint", type=Path, required=True, metavar="FILE",
-        help="best.pth of a run, or a bare state_dict")
+    add("--checkpoint", type=Path, required=True, metavar="FILE", help="best.pth or a bare state_dict")
     add("--output", type=Path, required=True, metavar="FILE_OR_FOLDER",
         help="a .png file for one photo, else a folder that gets NAME.png for each; only files that "
              "predict.py wrote are replaced")
-    add("--overlay", action="store_true",
-        help="also save NAME_overlay.png, the mask over the photo with a legend")
+    add("--overlay", action="store_true", help="also save NAME_overlay.png, the mask over the photo")
     add("--composite", action="store_true",
         help="the files are composites: segment the left half and score it against the right half")
-    add("--flip", action="store_true",
-        help="average with the mirrored photo, in twice the network's time")
-    add("--device", default="auto", metavar="auto|cpu|cuda|cuda:N|mps",
-        help="auto (if left out) prefers a GPU")
+    add("--flip", action="store_true", help="average with the mirrored photo, in twice the time")
+    add("--device", default="auto", metavar="auto|cpu|cuda|cuda:N|mps", help="auto prefers a GPU")
     add("--image_size", type=utils.whole_number(32, multiple=32), metavar="PIXELS",
-        help="side of the network's input, a multiple of 32, for a checkpoint that does not say; "
-             f"{DEFAULT_IMAGE_SIZE} if left out")
+        help=f"the network's input, for a checkpoint that does not say; {DEFAULT_IMAGE_SIZE} if left out")
     return parser
-
-
-class Job(NamedTuple):
-    photo: Path
-    mask: Path
-    overlay: Path
 
 
 def find_photos(paths: Sequence[Path]) -> list[Path]:
     """The photos of the command line, each once; of a folder without the masks and overlays of earlier runs.
 
-    Raises:
-        utils.UserError: no photos, or a mask by name.
-        dataset.DatasetError: a folder that cannot be listed.
+    UserError if there are no photos, or one is a mask by name; DatasetError if a folder cannot be listed.
     """
     photos, n_own = {}, 0
     for path in paths:
-        is_folder = os.path.isdir(path)
-        for photo in dataset.list_images(path) if is_folder else [path]:
-            if not is_own(photo):
-                photos.setdefault((os.path.realpath(photo), photo.name), photo)
-            elif not is_folder:
-                raise utils.UserError(f"{photo} is a mask or overlay of predict.py; pass photos")
-            else:
+        if is_own(path):
+            raise utils.UserError(f"{path} is a mask or overlay of predict.py; pass photos")
+        for photo in dataset.list_images(path) if os.path.isdir(path) else [path]:
+            if is_own(photo):
                 n_own += 1
+            else:
+                photos.setdefault((os.path.realpath(photo), photo.name), photo)
     if n_own:
         utils.say(f"Leaving out {n_own} masks and overlays of earlier runs")
     if not photos:
@@ -176,34 +160,32 @@ def find_photos(paths: Sequence[Path]) -> list[Path]:
 
 def is_own(path: Path) -> bool:
     """Whether a file is a mask or overlay that predict.py wrote."""
-    if not os.path.isfile(path):  # reading from a pipe would empty it
-        return False
-    try:
-        with open(path, "rb") as file:
+    if os.path.isfile(path):  # reading from a pipe would empty it
+        with contextlib.suppress(OSError), open(path, "rb") as file:
             return f"Software\0{SOFTWARE}".encode() in file.read(1024)  # it stands before palette and pixels
-    except OSError:
-        return False
+    return False
 
 
-def plan_outputs(photos: Sequence[Path], output: Path, in_folder: bool) -> list[Job]:
-    """Each photo with its mask's and overlay's file: --output itself for one photo, or NAME.png in it.
+def plan_masks(photos: Sequence[Path], output: Path) -> list[Path]:
+    """The file of each photo's mask: --output itself for one photo, or NAME.png in it.
 
-    Raises:
-        utils.UserError: --output is a file for several photos, or no PNG.
+    UserError if --output is a file for several photos, or no PNG.
     """
-    if dataset.is_image(output) and not os.path.isdir(output):
-        if in_folder or len(photos) > 1:
-            raise utils.UserError(f"--output {output} is one file, and these photos need a folder; name one")
-        if output.suffix.lower() != ".png":
-            raise utils.UserError(f"--output {output}: a mask holds class ids, which only PNG keeps; "
-                                  f"name it {output.stem}.png")
-        masks = [output]
-    else:
+    if not dataset.is_image(output) or os.path.isdir(output):
         stems = Counter(name_key(photo.stem) for photo in photos)  # a.jpg and a.png: a.jpg.png and a.png.png
         names = [photo.stem if stems[name_key(photo.stem)] == 1 else photo.name for photo in photos]
-        masks = [output / f"{name}.png" for name in names]
-    overlays = [mask.with_name(f"{mask.stem}_overlay.png") for mask in masks]
-    return [Job(*files) for files in zip(photos, masks, overlays)]
+        return [output / f"{name}.png" for name in names]
+    if len(photos) > 1:
+        raise utils.UserError(f"--output {output} is one file, and these photos need a folder; name one")
+    if output.suffix.lower() != ".png":
+        raise utils.UserError(f"--output {output}: a mask holds class ids, which only PNG keeps; "
+                              f"name it {output.stem}.png")
+    return [output]
+
+
+def overlay_of(mask: Path) -> Path:
+    """The file of the overlay that belongs to a mask."""
+    return mask.with_name(f"{mask.stem}_overlay.png")
 
 
 def name_key(name: str | Path) -> str:
@@ -233,44 +215,30 @@ def read_sample(path: Path, composite: bool, n_classes: int) -> tuple[Image.Imag
         image, label = dataset.read_composite(path, image_size=None)
     except dataset.DatasetError as error:
         return str(error)
-    highest = label.max()
-    if highest >= n_classes:
-        return f"{path}: holds class id {highest}, the checkpoint's end at {n_classes - 1}; leave it out"
+    if label.max() >= n_classes:
+        return f"{path}: holds class id {label.max()}, the checkpoint's end at {n_classes - 1}; leave it out"
     return Image.fromarray(image), label
 
 
 def segment_files(segmenter: Segmenter, paths: Sequence[Path], composite: bool) -> Iterator[tuple | str]:
     """(photo, label, predictions) or an error message for each path; reads while the network works."""
+    read = partial(read_sample, composite=composite, n_classes=segmenter.n_classes)
     with ThreadPoolExecutor(utils.available_cpus()) as pool:
-        batches = [paths[start : start + BATCH] for start in range(0, len(paths), BATCH)]
-        pending = [pool.submit(read_sample, path, composite, segmenter.n_classes) for path in batches[0]]
-        for following in [*batches[1:], []]:
-            samples = [future.result() for future in pending]
-            pending = [pool.submit(read_sample, path, composite, segmenter.n_classes) for path in following]
+        pending = pool.map(read, paths[:BATCH])
+        for start in range(BATCH, len(paths) + BATCH, BATCH):
+            samples = list(pending)
+            pending = pool.map(read, paths[start : start + BATCH])
             readable = [sample for sample in samples if not isinstance(sample, str)]
             predictions = iter(segmenter.segment([photo for photo, _ in readable]) if readable else [])
             for sample in samples:
                 yield sample if isinstance(sample, str) else (*sample, next(predictions))
 
 
-def write_outputs(job: Job, photo: Image.Image | None, predictions: np.ndarray, segmenter: Segmenter) -> None:
-    """The mask, whose pixels are class ids in the classes' colours; with a photo, the overlay too."""
-    mask = Image.fromarray(predictions)
-    mask.putpalette(segmenter.palette.tobytes())
-    write_own(job.mask, mask)
-    if photo:
-        overlay = draw_overlay(photo, predictions, segmenter.class_names, segmenter.palette)
-        write_own(job.overlay, overlay)
-
-
 def draw_overlay(photo: Image.Image, predictions: np.ndarray, names: Sequence[str],
                  palette: np.ndarray) -> Image.Image:
     """The class colours blended over a photo, with a legend of the classes present below it.
 
-    Args:
-        photo: RGB, W x H.
-        predictions: uint8 (H, W).
-        names, palette: the class names and their colours, uint8 (n_classes, 3).
+    The photo is RGB, the predictions are uint8 (H, W), the palette is uint8 (n_classes, 3).
     """
     blended = Image.blend(photo, Image.fromarray(palette[predictions]), alpha=0.55)
     W, H = blended.size
@@ -279,8 +247,8 @@ def draw_overlay(photo: Image.Image, predictions: np.ndarray, names: Sequence[st
     line = round(font.size * 1.6)
     column = max(font.getlength(names[i]) for i in present) + 2 * line
     n_columns = max(1, int(W // column))
-    height = H + line * -(-len(present) // n_columns) + line // 2
-    canvas = Image.new("RGB", (max(W, round(column)), height), "white")
+    n_lines = math.ceil(len(present) / n_columns) + 0.5
+    canvas = Image.new("RGB", (max(W, round(column)), H + round(line * n_lines)), "white")
     canvas.paste(blended)
     draw = ImageDraw.Draw(canvas)
     for place, i in enumerate(present):
@@ -299,13 +267,6 @@ def write_own(path: Path, image: Image.Image) -> None:
     utils.write_file(path, buffer.getbuffer())
 
 
-def score(predictions: np.ndarray, label: np.ndarray, n_classes: int) -> metrics.SegmentationMetrics:
-    """The metrics of one composite, both arrays uint8 (H, W)."""
-    scores = metrics.SegmentationMetrics(n_classes)
-    scores.update(torch.from_numpy(predictions)[None], torch.from_numpy(label)[None])
-    return scores
-
-
 def describe_scores(scores: metrics.SegmentationMetrics) -> str:
     figures = scores.compute()
     return f"dice {figures['dice']:.4f}, mean IoU {figures['mean_iou']:.4f}"
@@ -321,38 +282,49 @@ def main(argv: list[str] | None = None) -> None:
     with utils.user_errors(dataset.DatasetError, models.WeightsError):
         args = get_args_parser().parse_args(argv)
         photos = find_photos(args.photos)
-        jobs = plan_outputs(photos, args.output, in_folder=os.path.isdir(args.photos[0]))
-        check_outputs(path for job in jobs for path in (job[1:] if args.overlay else [job.mask]))
+        masks = plan_masks(photos, args.output)
+        check_outputs([*masks, *(overlay_of(mask) for mask in masks if args.overlay)])
         segmenter = Segmenter(args.checkpoint, args.device, image_size=args.image_size, flip=args.flip)
         if args.composite:
             dataset.check_classes(segmenter.class_names, segmenter.palette.tolist(), args.checkpoint)
         if not segmenter.has_config:
             utils.say(f"{args.checkpoint} holds weights alone: taking the first {segmenter.n_classes} "
                       f"classes of dataset.py and --image_size {segmenter.image_size}")
-        folder, skipped = jobs[0].mask.parent, []
-        all_scores = metrics.SegmentationMetrics(segmenter.n_classes)
-        utils.make_dir(folder, "--output")
-        started = time.monotonic()
-        results = zip(jobs, segment_files(segmenter, photos, args.composite))
-        for job, result in utils.progress_bar(results, "Segmenting", len(jobs), unit="photo"):
-            if isinstance(result, str):
-                skipped.append(result)
-                continue
-            photo, label, predictions = result
-            write_outputs(job, photo if args.overlay else None, predictions, segmenter)
-            line = describe_shares(predictions, segmenter.class_names)
-            if args.composite:
-                scores = score(predictions, label, segmenter.n_classes)
-                all_scores.confusion += scores.confusion
-                line = f"{describe_scores(scores)}; {line}"
-            utils.say(f"{job.photo} -> {job.mask}: {line}")
-        n_done, rate = len(jobs) - len(skipped), len(jobs) / (time.monotonic() - started)
-        if args.composite and n_done:
-            utils.say(f"All {n_done} composites together: {describe_scores(all_scores)}")
-        if len(jobs) > 1:
-            utils.say(f"{n_done} of {len(jobs)} photos segmented, {rate:.1f} a second, masks in {folder}")
-        if skipped:
-            raise utils.UserError(f"skipped {len(skipped)} of {len(jobs)}: {'; '.join(skipped)}")
+        utils.make_dir(masks[0].parent, "--output")
+        segment_all(segmenter, photos, masks, args.overlay, args.composite)
+
+
+def segment_all(segmenter: Segmenter, photos: Sequence[Path], masks: Sequence[Path], overlay: bool,
+                composite: bool) -> None:
+    """Write each photo's mask, and its overlay if asked, with a line each; UserError for what was skipped."""
+    total, skipped, started = metrics.SegmentationMetrics(segmenter.n_classes), [], time.monotonic()
+    results = zip(photos, masks, segment_files(segmenter, photos, composite))
+    for path, mask_path, result in utils.progress_bar(results, "Segmenting", len(photos), unit="photo"):
+        if isinstance(result, str):
+            skipped.append(result)
+            continue
+        photo, label, predictions = result
+        mask = Image.fromarray(predictions)
+        mask.putpalette(segmenter.palette.tobytes())
+        write_own(mask_path, mask)
+        if overlay:
+            picture = draw_overlay(photo, predictions, segmenter.class_names, segmenter.palette)
+            write_own(overlay_of(mask_path), picture)
+        line = describe_shares(predictions, segmenter.class_names)
+        if composite:
+            scores = metrics.SegmentationMetrics(segmenter.n_classes)
+            scores.update(torch.from_numpy(predictions), torch.from_numpy(label))
+            total.confusion += scores.confusion
+            line = f"{describe_scores(scores)}; {line}"
+        utils.say(f"{path} -> {mask_path}: {line}")
+    n_done, rate = len(photos) - len(skipped), len(photos) / (time.monotonic() - started)
+    if composite and n_done:
+        utils.say(f"All {n_done} composites together: {describe_scores(total)}")
+    if len(photos) > 1:
+        utils.say(f"{n_done} of {len(photos)} photos segmented, {rate:.1f} a second, "
+                  f"masks in {masks[0].parent}")
+    if skipped:
+        raise utils.UserError(f"skipped {len(skipped)} of {len(photos)}: {'; '.join(skipped)}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import csv
 import difflib
 import errno
 import io
+import itertools
 import math
 import os
 import re
@@ -34,7 +35,6 @@ except ImportError:  # Windows
     fcntl = None
 
 PASCAL_REMEDY = "pip install torch==2.7.1 torchvision==0.22.1"  # the last with kernels for sm_50 to sm_61
-TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 RENAME_SECONDS = 5.0  # how long a checkpoint's rename is tried
 WRITE_REMEDIES = {
     errno.ENOSPC: "free some space", errno.EDQUOT: "free some of your quota",
@@ -42,7 +42,6 @@ WRITE_REMEDIES = {
     errno.ENOENT: "the folder is gone; make it again",
 } | dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a folder you can write to")
 TEMPORARY_SUFFIX = ".tmp"
-NO_FSYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # what file systems without it answer
 
 
 class UserError(Exception):
@@ -78,28 +77,25 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def whole_number(lowest: int, highest: float = math.inf, multiple: int = 1) -> Callable[[str], int]:
-    """An argparse type: multiples of a number from `lowest`, which is 0 or more, to `highest`."""
+    """An argparse type: multiples of a number from `lowest` to `highest`."""
     kind = f"multiple of {multiple}" if multiple > 1 else "whole number"
     limit = f", at most {highest}" if highest < math.inf else ""
 
     def parse(text: str) -> int:
-        number = int(text) if re.fullmatch(r"\s*\d{1,30}\s*", text, re.ASCII) else -1
-        if not lowest <= number <= highest or number % multiple:
-            raise argparse.ArgumentTypeError(f"{text}: expected a {kind} of {lowest} or more{limit}")
-        return number
+        with contextlib.suppress(ValueError):
+            if lowest <= int(text) <= highest and int(text) % multiple == 0:
+                return int(text)
+        raise argparse.ArgumentTypeError(f"{text}: expected a {kind} of {lowest} or more{limit}")
 
     return parse
 
 
 def positive_float(text: str) -> float:
     """An argparse type: finite numbers above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: expected a number above 0, such as 0.001")
-    return value
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text}: expected a number above 0, such as 0.001")
 
 
 @contextlib.contextmanager
@@ -108,27 +104,22 @@ def user_errors(*kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except (UserError, *kinds) as error:
-        message = str(error).strip()
-        if message.startswith("Caught "):  # a DataLoader's worker failed: torch puts its traceback first
-            message = message.splitlines()[-1].partition(": ")[2]
-        rank = dist.get_rank() if dist.is_initialized() else None
-        shared = isinstance(error, SharedError) and rank is not None
-        if not shared or rank == 0:
-            who = "" if shared or rank is None else f"[rank {rank}] "
-            say(f"{Path(sys.argv[0]).name}: error: {who}{' '.join(message.split())}", "stderr")
-        if shared:
+        rank, shared = own_rank(), isinstance(error, SharedError)
+        if rank == 0 or not shared:
+            who = f"[rank {rank}] " if rank else ""
+            say(f"{Path(sys.argv[0]).name}: error: {who}{' '.join(str(error).split())}", "stderr")
+        if shared and dist.is_initialized():
             dist.barrier()  # a process that ended before rank 0 had printed would take the job down
         raise SystemExit(1) from error
 
 
 def say(message: str = "", stream_name: str = "stdout") -> None:
-    """Print a line at once, above any progress bar, on sys.stdout or sys.stderr.
+    """Print a line at once, above any progress bar, on sys.stdout or sys.stderr. It never fails.
 
-    Never fatal: what the stream cannot encode is written as backslash escapes, and what it does not take (the
-    reader of a pipe has gone, the disk is full, there is no terminal any more) is lost.
+    What the stream cannot encode is written as backslash escapes, and what it does not take (the reader of a
+    pipe has gone, the disk is full, there is no terminal any more) is lost.
     """
-    stream = getattr(sys, stream_name)  # None where the program was started without one
-    text = f"{message}\n"
+    stream, text = getattr(sys, stream_name), f"{message}\n"  # None if the program was started without one
     try:
         with tqdm.external_write_mode(stream):
             try:
@@ -142,13 +133,13 @@ def say(message: str = "", stream_name: str = "stdout") -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def progress_bar(*args, **options) -> tqdm:
+def progress_bar(*args, disable: bool = False, **options) -> tqdm:
     """tqdm on the terminal, gone when finished; nothing if sys.stderr is no terminal, closed or missing."""
     try:
-        shown = sys.stderr.isatty()
+        disable = disable or not sys.stderr.isatty()
     except (AttributeError, ValueError):
-        shown = False
-    return tqdm(*args, leave=False, disable=options.pop("disable", False) or not shown, **options)
+        disable = True
+    return tqdm(*args, leave=False, disable=disable, **options)
 
 
 @contextlib.contextmanager
@@ -164,7 +155,7 @@ def stoppable() -> Iterator[None]:
     except KeyboardInterrupt as interrupt:
         number = interrupt.args[0] if interrupt.args else signal.SIGINT
         remedy = "; ".join(getattr(interrupt, "__notes__", ["nothing was finished, so start again"]))
-        if not (dist.is_initialized() and dist.get_rank()):
+        if own_rank() == 0:
             say(f"\nstopped by {signal.Signals(number).name}; {remedy}", "stderr")
         raise SystemExit(128 + number) from interrupt
     finally:
@@ -182,7 +173,12 @@ def first_line(error: Exception) -> str:
 
 def is_torchrun() -> bool:
     """Whether torchrun's whole set of variables stands; a stray RANK of a scheduler does not count."""
-    return all(name in os.environ for name in TORCHRUN_VARIABLES)
+    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+
+
+def own_rank() -> int:
+    """This process's place among those of its job."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def local_share() -> int:
@@ -206,41 +202,32 @@ def available_memory(root: Path = Path("/")) -> int | None:
     try:
         limit, used, details = ((root / "sys/fs/cgroup" / name).read_text()
                                 for name in ("memory.max", "memory.current", "memory.stat"))
-    except OSError:  # no container, or an old one
+        file_cache = re.findall(r"^inactive_file (\d+)", details, re.MULTILINE)  # given up in need
+        return min(available, int(limit) - int(used) + sum(map(int, file_cache)))
+    except (OSError, ValueError):  # no container, an old one, or one whose limit is "max"
         return available
-    if limit.strip() == "max":
-        return available
-    file_cache = re.findall(r"^inactive_file (\d+)", details, re.MULTILINE)  # given up when memory is short
-    return min(available, int(limit) - int(used) + sum(map(int, file_cache)))
 
 
 def select_device(name: str) -> torch.device:
     """The device that --device names; "auto" is the first of cuda, mps and cpu that can be used.
 
-    UserError if there is none such, or the torch build has no kernels for the GPU.
+    Each process of torchrun gets a GPU of its own. UserError if there is no such device, or the torch build
+    has no kernels for the GPU.
     """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if not device or device.type not in ("cpu", "cuda", "mps"):
+        name = next(kind for kind in there if there[kind])
+    kind, _, number = name.partition(":")
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name, re.ASCII):
         raise UserError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError(f"--device {name}: torch {torch.__version__} finds no Apple GPU here; "
-                        "pass --device cpu")
-    return select_gpu(device, name) if device.type == "cuda" else device
-
-
-def select_gpu(device: torch.device, name: str) -> torch.device:
-    """A CUDA device by its number; each process of torchrun gets its own. UserError as in select_device."""
-    if not torch.cuda.is_available():
-        raise UserError(f"--device {name}: torch {torch.__version__} finds no CUDA GPU here; install the "
-                        "NVIDIA driver or pass --device cpu")
-    if device.index is not None and is_torchrun():
+    if not there[kind]:
+        raise UserError(f"--device {name}: torch {torch.__version__} finds no such GPU here; pass --device "
+                        "cpu, or install the driver that cuda needs")
+    if kind != "cuda":
+        return torch.device(kind)
+    if number and is_torchrun():
         raise UserError(f"--device {name}: torchrun gives each process a GPU of its own; pass --device cuda")
-    index = int(os.environ.get("LOCAL_RANK", 0)) if is_torchrun() else device.index or 0
+    index = int(os.environ.get("LOCAL_RANK", 0)) if is_torchrun() else int(number or 0)
     n_gpus = torch.cuda.device_count()
     if index >= n_gpus:
         raise UserError(f"--device {name}: there are {n_gpus} GPUs, numbered from 0; pass a lower number or "
@@ -272,8 +259,7 @@ def check_gpu_architecture(name: str, capability: tuple[int, int], architectures
 def select_amp(choice: str, device: torch.device) -> tuple[torch.dtype | None, str]:
     """The dtype of automatic mixed precision, or None for float32, and the reason as words for the log."""
     if choice != "auto":
-        dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[choice]
-        return dtype, f"--amp {choice}"
+        return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[choice], f"--amp {choice}"
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         if major >= 8:
@@ -312,13 +298,11 @@ class Runtime:
         device = select_device(device_name)
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # shapes are fixed: the search for the fastest kernels pays
-        rank, world_size = 0, 1
-        if is_torchrun():
-            rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        world_size = int(os.environ["WORLD_SIZE"]) if is_torchrun() else 1
         if world_size > 1 and not dist.is_initialized():
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(minutes=60))  # rank 0's download takes a while
-        return cls(device, *select_amp(amp, device), rank, world_size)
+        return cls(device, *select_amp(amp, device), own_rank(), world_size)
 
     def gather(self, value: object) -> list:
         """A value of every process, by rank."""
@@ -329,18 +313,17 @@ class Runtime:
         return values
 
     def on_rank_0(self, action: Callable, *kinds: type[Exception]) -> object:
-        """Do something on rank 0 alone; the others wait. If it ends in an error of these kinds, all meet it.
+        """What an action returns on rank 0, None on the others, which wait.
 
-        Returns:
-            what the action returns, None on other ranks.
+        If it ends in an error of these kinds, all meet it as a SharedError.
         """
-        value, problem = None, None
+        value = problem = None
         try:
             value = action() if self.rank == 0 else None
         except kinds as error:
             problem = error
-        if problems := [one for one in self.gather(problem and str(problem)) if one]:
-            raise SharedError(problems[0]) from problem
+        if message := self.gather(problem and str(problem))[0]:
+            raise SharedError(message) from problem
         return value
 
     def close(self) -> None:
@@ -351,8 +334,7 @@ class Runtime:
                 dist.destroy_process_group()
 
     def autocast(self) -> torch.autocast:
-        """A context in the runtime's precision."""
-        # Each weight is used once in a pass, so a cache of casts saves nothing, and CUDA graphs allow none.
+        """A context in the runtime's precision; a cache of casts saves nothing and breaks CUDA graphs."""
         return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None,
                               cache_enabled=False)
 
@@ -375,11 +357,8 @@ def write_file(path: str | Path, content: bytes | memoryview, *,
                patience: float = 0, exclusive: bool = False) -> None:
     """Write a file so that it is whole at every moment: under a temporary name beside it, then renamed.
 
-    Args:
-        patience: seconds for which a rename that fails is tried again.
-        exclusive: refuse to replace a file.
-    Raises:
-        UserError: the disk is full, the folder not writable, ...; a previous file of that name is untouched.
+    A rename that fails is tried again for `patience` seconds; an `exclusive` write replaces no file.
+    UserError if it fails: the disk is full, the folder not writable, ...
     """
     path = Path(path)
     temporary = temporary_name(path)
@@ -387,11 +366,8 @@ def write_file(path: str | Path, content: bytes | memoryview, *,
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
-            flush_to_disk(file)  # else the rename may reach it before the bytes, and a power cut between them
-        if exclusive:
-            link(temporary, path)
-        else:
-            rename(temporary, path, patience)
+            flush_to_disk(file)  # else the rename may reach it before the bytes, and a power cut between
+        put_in_place(temporary, path, patience, exclusive)
     except OSError as error:
         reason, remedy = error.strerror or error, WRITE_REMEDIES.get(error.errno, "choose another folder")
         raise UserError(f"{path} could not be written ({reason}); {remedy}. "
@@ -410,30 +386,22 @@ def flush_to_disk(file: IO) -> None:
     try:
         os.fsync(file.fileno())
     except OSError as error:
-        if error.errno not in NO_FSYNC:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
             raise
 
 
-def link(source: Path, target: Path) -> None:
-    """Give a file a second name that must be free; on file systems without hard links, move it there."""
-    try:
-        os.link(source, target)
-    except OSError:
+def put_in_place(source: Path, target: Path, patience: float, exclusive: bool) -> None:
+    """Rename a file; an OSError where it fails, after some patience, or an exclusive name is taken."""
+    if exclusive:
+        with contextlib.suppress(OSError):  # from file systems without hard links
+            return os.link(source, target)
         if os.path.lexists(target):
-            raise FileExistsError(errno.EEXIST, "another process wrote it first") from None
-        os.replace(source, target)
-
-
-def rename(source: Path, target: Path, patience: float) -> None:
-    """os.replace, tried again: virus scanners, indexers and network drives hold files for a moment."""
-    last = time.monotonic() + patience
-    while True:
-        try:
+            raise FileExistsError(errno.EEXIST, "another process wrote it first")
+    for _ in range(round(patience / 0.1)):  # scanners, indexers and network drives hold files for a moment
+        with contextlib.suppress(OSError):
             return os.replace(source, target)
-        except OSError:
-            if time.monotonic() >= last:
-                raise
-            time.sleep(0.1)
+        time.sleep(0.1)
+    os.replace(source, target)
 
 
 def remove(paths: Iterable[Path]) -> None:
@@ -460,9 +428,7 @@ def write_csv(path: str | Path, rows: Sequence[dict]) -> None:
 
 
 def format_cell(value: object) -> object:
-    if not isinstance(value, float):
-        return value
-    return "" if math.isnan(value) else f"{value:.6g}"
+    return f"{value:.6g}".replace("nan", "") if isinstance(value, float) else value
 
 
 def make_dir(path: Path, flag: str) -> None:
@@ -480,8 +446,8 @@ def make_dir(path: Path, flag: str) -> None:
 
 def make_new_dir(path: Path) -> Path:
     """Make a folder that was not there, with a number behind its name if that is taken."""
-    number, new = 1, path
-    while True:
+    for number in itertools.count(1):
+        new = path if number == 1 else path.with_name(f"{path.name}-{number}")
         try:
             new.mkdir(parents=True)
             return new
@@ -489,8 +455,6 @@ def make_new_dir(path: Path) -> Path:
             if not os.path.lexists(new):  # what stands in the way is above it
                 raise UserError(f"{new} cannot be made ({error.strerror}: {error.filename}); pass "
                                 "--output_dir with a folder you can write to") from error
-        number += 1
-        new = path.with_name(f"{path.name}-{number}")
 
 
 @contextlib.contextmanager
@@ -502,17 +466,16 @@ def locked_dir(path: Path, flag: str) -> Iterator[bool]:
     make_dir(path, flag)
     locked = False
     with contextlib.ExitStack() as at_end:
-        if fcntl:
-            try:
-                descriptor = os.open(path, os.O_RDONLY)
-                at_end.callback(os.close, descriptor)
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                locked = True
-            except BlockingIOError as error:
-                raise UserError(f"{flag} {path}: another process is at work there; wait for it, or choose "
-                                "another folder") from error
-            except OSError:  # a file system without locks
-                pass
+        try:
+            descriptor = os.open(path, os.O_RDONLY)  # an OSError on Windows, whose folders are not opened
+            at_end.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = True
+        except BlockingIOError as error:
+            raise UserError(f"{flag} {path}: another process is at work there; wait for it, or choose "
+                            "another folder") from error
+        except OSError:  # a file system without locks
+            pass
         yield locked
 
 
@@ -530,20 +493,16 @@ def plot_curves(history: Sequence[dict], image_size: int) -> Figure:
     """Loss and dice over the epochs, a panel each with training and validation, from history.csv's rows."""
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     epochs = [row["epoch"] for row in history]
-    marker = "o" if len(epochs) < 30 else None
-    # Okabe and Ito's blue and vermilion, which colour-blind readers can tell apart.
-    curves = (("train", f"train, at {image_size}x{image_size}", {"color": "#0072B2", "linestyle": "--"}),
-              ("val", "validation, at the composites' size", {"color": "#D55E00", "linestyle": "-"}))
-    for axes, name, ylabel in zip(figure.subplots(1, 2), ("loss", "dice"),
-                                  ("cross entropy per pixel", "dice (pixel accuracy)")):
-        for split, label, style in curves:
-            values = [row[f"{split}_{name}"] for row in history]
-            axes.plot(epochs, values, marker=marker, markersize=3.5, label=label, **style)
-        axes.set(xlabel="epoch", ylabel=ylabel, title=name.capitalize())
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
+    panels = {"loss": "cross entropy per pixel", "dice": "dice (pixel accuracy)"}
+    curves = (("train", ".--", f"train, at {image_size}x{image_size}"),
+              ("val", ".-", "validation, at the composites' size"))
+    for axes, (name, ylabel) in zip(figure.subplots(1, 2), panels.items()):
+        for split, style, label in curves:
+            axes.plot(epochs, [row[f"{split}_{name}"] for row in history], style, label=label)
+        axes.set(xlabel="epoch", ylabel=ylabel, title=name.capitalize(),
+                 xlim=(epochs[0] - 0.5, epochs[-1] + 0.5))
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
     return figure
 
@@ -551,13 +510,12 @@ def plot_curves(history: Sequence[dict], image_size: int) -> Figure:
 def plot_predictions(samples: Sequence[tuple], names: Sequence[str], palette: np.ndarray) -> Figure:
     """Photo, truth and prediction of a few samples, a row each, above a legend of the classes that occur.
 
-    Args:
-        samples: of image uint8 (h, w, 3), label uint8 (H, W) and predictions uint8 (H, W).
-        names, palette: the class names and their colours, uint8 (n_classes, 3).
+    A sample is an image, uint8 (h, w, 3), with its label and predictions, uint8 (H, W) both. Each class has a
+    name and a row of the palette, uint8 (n_classes, 3).
     """
     present = np.unique(np.concatenate([array.ravel() for sample in samples for array in sample[1:]]))
-    n_legend_rows = -(-len(present) // 6)
-    figure = Figure(figsize=(8, 2.75 * len(samples) + 0.3 + 0.25 * n_legend_rows), layout="constrained")
+    height = 2.75 * len(samples) + 0.3 + 0.25 * math.ceil(len(present) / 6)
+    figure = Figure(figsize=(8, height), layout="constrained")
     grid = figure.subplots(len(samples), 3, squeeze=False)
     for row, (image, label, predictions) in zip(grid, samples):
         for axes, picture in zip(row, (image, palette[label], palette[predictions])):
@@ -565,7 +523,6 @@ def plot_predictions(samples: Sequence[tuple], names: Sequence[str], palette: np
             axes.axis("off")
     for axes, title in zip(grid[0], ("photo", "truth", "prediction")):
         axes.set_title(title)
-    handles = [Patch(facecolor=palette[i] / 255, edgecolor="0.3", linewidth=0.5, label=names[i])
-               for i in present]
+    handles = [Patch(facecolor=palette[i] / 255, edgecolor="0.3", label=names[i]) for i in present]
     figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
     return figure

@@ -77,14 +77,17 @@ def test_pascal_on_a_newer_torch_is_told_which_torch_to_install():
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:99", "gpu", "meta", "mps"])
 def test_devices_that_are_not_here_are_refused(name):
-    if name in ("cuda", "cuda:0") and torch.cuda.is_available() or name == "mps" and torch.backends.mps.is_available():
+    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name in ("cuda", "cuda:0") and has_cuda or name == "mps" and has_mps:
         pytest.skip("this machine has one")
     with pytest.raises(UserError, match=f"--device {name}"):
         utils.select_device(name)
 
 
-@pytest.mark.parametrize("capability, dtype", [((6, 1), None), ((7, 0), torch.float16), ((7, 5), torch.float16),
-                                               ((8, 6), torch.bfloat16), ((9, 0), torch.bfloat16)])
+@pytest.mark.parametrize("capability, dtype", [
+    ((6, 1), None), ((7, 0), torch.float16), ((7, 5), torch.float16),
+    ((8, 6), torch.bfloat16), ((9, 0), torch.bfloat16),
+])
 def test_auto_precision_is_what_the_card_is_fast_at(capability, dtype, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Something")
@@ -155,7 +158,8 @@ def test_new_folders_get_a_number_where_their_name_is_taken(tmp_path):
 def test_available_memory_is_what_the_machine_and_its_container_leave(tmp_path):
     assert utils.available_memory(tmp_path) is None
     (tmp_path / "proc").mkdir()
-    (tmp_path / "proc" / "meminfo").write_text("MemTotal:  9000 kB\nMemFree:  100 kB\nMemAvailable:    8000 kB\n")
+    meminfo = "MemTotal:  9000 kB\nMemFree:  100 kB\nMemAvailable:    8000 kB\n"
+    (tmp_path / "proc" / "meminfo").write_text(meminfo)
     assert utils.available_memory(tmp_path) == 8000 * 1024
     cgroup = tmp_path / "sys" / "fs" / "cgroup"
     cgroup.mkdir(parents=True)
@@ -195,7 +199,8 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
         utils.make_dir(tmp_path / "file" / "below", "--output")
 
 
-NAMES, COLORS = [f"class {i}" for i in range(20)], np.random.default_rng(0).integers(256, size=(20, 3), dtype=np.uint8)
+NAMES = [f"class {i}" for i in range(20)]
+COLORS = np.random.default_rng(0).integers(256, size=(20, 3), dtype=np.uint8)
 
 
 def test_curves_are_drawn_and_say_at_which_size_they_were_scored(tmp_path):
