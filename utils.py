@@ -66,6 +66,9 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
         parsed, unknown = self.parse_known_args(args, namespace)
+        words = sys.argv[1:] if args is None else args
+        if any(re.fullmatch("(--.*=)?", word) for word in words):
+            self.error("one of the arguments is empty; is a variable of the shell not set?")
         if unknown:
             flag = unknown[0].split("=")[0]
             nearest = difflib.get_close_matches(flag, self._option_string_actions, n=1)

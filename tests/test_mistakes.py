@@ -22,6 +22,7 @@ from PIL import Image
 import dataset
 import metrics
 import model as models
+import predict
 import train
 import utils
 from conftest import SMALL, run_ranks, start
@@ -151,6 +152,20 @@ def refuse(number, only=""):
 ])
 def test_values_out_of_range(flag, value, expected, fails):
     fails(train.main, [flag, value], flag, expected, status=2)
+
+
+@pytest.mark.parametrize("argv", [
+    ["--data_dir", ""], ["--output_dir", ""], ["--output_dir="], ["--resume", ""], ["--evaluate", ""],
+    ["--demo", "--encoder_weights", ""], ["--demo", ""],
+])
+def test_what_a_variable_that_is_not_set_leaves(argv, fails):
+    """An empty path would be the folder one happens to stand in."""
+    fails(train.main, argv, "empty", "variable", status=2)
+
+
+@pytest.mark.parametrize("argv", [["", "--output", "x"], ["x.jpg", "--output", ""], ["x.jpg", "--output="]])
+def test_empty_arguments_of_predict(argv, fails):
+    fails(predict.main, [*argv, "--checkpoint", "best.pth"], "empty", "variable", status=2)
 
 
 def test_an_image_size_that_no_memory_holds(capsys):
