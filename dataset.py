@@ -87,28 +87,25 @@ class LabelDecoder:
     def __init__(self, classes: tuple[SegmentationClass, ...], void_colors: dict[str, tuple]) -> None:
         check_table(classes, void_colors)
         colors = [*(entry.color for entry in classes), *void_colors.values()]
-        self.colors = np.array(colors, dtype=np.uint8)  # (K, 3)
-        self.ids = np.array([*range(len(classes)), *[0] * len(void_colors)], dtype=np.uint8)  # (K,)
-        self.unsure = len(self.colors)  # stands for "no colour" where an index into colors is expected
-        self.void = np.append(self.ids == 0, False)  # and unsure is none
-        self.void[0] = False  # nor is the background's own colour
+        self.n_classes = len(classes)
+        self.colors = np.array(colors, dtype=np.uint8)  # (K, 3), void last
+        self.ids = np.array([*range(self.n_classes), *[0] * len(void_colors)], dtype=np.uint8)  # (K,)
+        self.thin = np.array([*(entry.thin for entry in classes), *[False] * len(void_colors)])  # (K,)
         self.features = to_features(self.colors)
         self.standalone = (self.ids > 0) & (distance_to_mixtures(self.features) > STANDALONE_DISTANCE)
-        self.thin = np.array([*(entry.thin for entry in classes), *[False] * len(void_colors)])  # (K,)
+        self.unsure = len(colors)  # stands for "no colour" where an index into colors is expected
         self.sure = self.sure_table()
 
     def sure_table(self) -> np.ndarray:
         """For each RGB value the colour within SURE_DISTANCE, or unsure; uint8 (256, 256, 256)."""
         table = np.full((256, 256, 256), self.unsure, dtype=np.uint8)
         nearest = np.full(table.shape, SURE_DISTANCE**2, dtype=np.uint8)  # squared distance
-        for index, color in enumerate(self.colors.tolist()):
-            ranges = [np.arange(256)[max(level - SURE_DISTANCE, 0) : level + SURE_DISTANCE + 1]
-                      for level in color]
-            cube = tuple(slice(levels[0], levels[-1] + 1) for levels in ranges)
-            r, g, b = np.ix_(*((levels - level) ** 2 for levels, level in zip(ranges, color)))
-            squared = r + g + b
+        for index, color in enumerate(self.colors.astype(int)):
+            cube = np.ix_(*(abs(np.arange(256) - level) <= SURE_DISTANCE for level in color))
+            squared = sum((levels - level) ** 2 for levels, level in zip(cube, color))
             closer = squared < nearest[cube]
-            table[cube][closer], nearest[cube][closer] = index, squared[closer]
+            table[cube] = np.where(closer, index, table[cube])
+            nearest[cube] = np.where(closer, squared, nearest[cube])
         return table
 
     def match(self, rgb: np.ndarray) -> np.ndarray:
@@ -130,13 +127,14 @@ class LabelDecoder:
         unsure = np.flatnonzero(sure == self.unsure)
         allowed = self.colors_around(sure, unsure)  # (K, N)
         anywhere = allowed.any(axis=1, keepdims=True)
-        lonely = np.flatnonzero(~allowed.any(axis=0))
+        lonely = ~allowed.any(axis=0)
         # Chance hits count where they are all there is.
         allowed[:, lonely] = self.colors_around(np.where(chance, color, self.unsure), unsure[lonely])
-        lonely = lonely[~allowed[:, lonely].any(axis=0)]
-        allowed[:, lonely] = anywhere | ~anywhere.any()
+        allowed[:, ~allowed.any(axis=0)] = anywhere | ~anywhere.any()
 
-        distance = self.distances(rgb.reshape(-1, 3)[unsure])  # (K, N)
+        pixels, colors = to_features(rgb.reshape(-1, 3)[unsure]), self.features
+        products = colors @ pixels.T  # (K, N)
+        distance = -2 * products + (colors**2).sum(axis=1)[:, None] + (pixels**2).sum(axis=1)  # squared
         allowed[self.standalone] |= distance[self.standalone] == distance.min(axis=0)
         allowed[self.thin] |= distance[self.thin] < THIN_DISTANCE**2
         np.copyto(distance, np.inf, where=~allowed)
@@ -154,14 +152,6 @@ class LabelDecoder:
             found[index] = mask.ravel()[where]
         return found
 
-    def distances(self, pixels: np.ndarray) -> np.ndarray:
-        """For RGB (N, 3) the squared distances to the colours in to_features, float32 (K, N)."""
-        features = to_features(pixels)
-        distance = -2 * self.features @ features.T
-        distance += (self.features**2).sum(axis=1)[:, None]
-        distance += (features**2).sum(axis=1)
-        return distance
-
     def chance_hits(self, color: np.ndarray, rgb: np.ndarray) -> np.ndarray:
         """Void pixels that stand in no 2x2 block and are not exact; bool (H, W).
 
@@ -171,14 +161,15 @@ class LabelDecoder:
         same = padded[1:] == padded[:-1]
         block = same[:, 1:] & same[:, :-1] & (padded[1:, 1:] == padded[1:, :-1])  # (H + 1, W + 1), four alike
         block = block[1:] | block[:-1]
-        hits = self.void[color] & ~(block[:, 1:] | block[:, :-1])
+        void = (color >= self.n_classes) & (color != self.unsure)
+        hits = void & ~(block[:, 1:] | block[:, :-1])
         hits[hits] = (rgb[hits] != self.colors[color[hits]]).any(axis=1)
         return hits
 
     def palette_share(self, rgb: np.ndarray) -> float:
-        """Share of sure pixels among those not surely background, 0 if there are none.
+        """Share of sure pixels among those not surely background, which other tables and dark photos have too.
 
-        The background's colour proves nothing: other tables and dark photos have it too.
+        0 if there are none.
         """
         color = self.match(rgb)
         return float((color[color != 0] != self.unsure).mean()) if color.any() else 0.0
@@ -190,15 +181,13 @@ class LabelDecoder:
         color = self.match(rgb)
         foreground, unsure = np.mean(color != 0), np.mean(color == self.unsure)
         strange = self.strange_places(rgb, color)  # (N, 3)
-        no_label = unsure > max((1 - MIN_PALETTE_SHARE) * foreground, 0.05)
         if len(strange) > MAX_STRANGE and unsure - len(strange) / color.size < 1 - MIN_PALETTE_SHARE:
-            cells, counts = np.unique(strange // 16, axis=0, return_counts=True)
-            commonest = (strange // 16 == cells[counts.argmax()]).all(axis=1)
-            named = np.median(strange[commonest], axis=0).astype(int)
+            colors, counts = np.unique(strange, axis=0, return_counts=True)
+            named = colors[counts.argmax()]
             share = np.mean((color == self.unsure) & (abs(rgb - named) <= SURE_DISTANCE).all(axis=2))
             return (f"{share:.1%} of its label are rgb{tuple(named.tolist())}, no colour of the class table; "
                     "add it to CLASSES in dataset.py, or to VOID_COLORS if it is to count as background")
-        if no_label:
+        if unsure > max((1 - MIN_PALETTE_SHARE) * foreground, 0.05):
             return (f"its right half is no colour-coded label: {1 - unsure / foreground:.0%} of its pixels, "
                     "background aside, lie near a colour of the class table, expected "
                     f"{MIN_PALETTE_SHARE:.0%} or more; recolour or remove it")
@@ -212,7 +201,7 @@ class LabelDecoder:
         for _ in range(FLAT_SIZE - 1):  # shrink to the corners of the 5x5 places that are far throughout
             far = far[1:, 1:] & far[:-1, 1:] & far[1:, :-1] & far[:-1, :-1]
         places = sliding_window_view(rgb, (FLAT_SIZE, FLAT_SIZE), (0, 1))[far]  # (N, 3, 5, 5)
-        flat = np.ptp(places, axis=(2, 3)).max(axis=1, initial=0) <= FLAT_SPREAD
+        flat = np.ptp(places, axis=(2, 3)).max(axis=1) <= FLAT_SPREAD
         middle = places[flat, :, FLAT_SIZE // 2, FLAT_SIZE // 2].astype(int)
         squared = ((middle[:, None] - self.colors) ** 2).sum(axis=2)  # (N, K)
         return middle[(squared > STRANGE_DISTANCE**2).all(axis=1)]
@@ -245,15 +234,15 @@ def to_features(rgb: np.ndarray) -> np.ndarray:
 
 def distance_to_mixtures(points: np.ndarray) -> np.ndarray:
     """How far each of (K, 3) lies from the nearest segment between two others, (K,)."""
-    distances = np.full(len(points), np.inf)
+    distances = []
     for index, point in enumerate(points):
-        starts = np.delete(points, index, axis=0)[:, None]
-        directions = starts.swapaxes(0, 1) - starts  # (K - 1, K - 1, 3)
+        others = np.delete(points, index, axis=0) - point
+        directions = others[:, None] - others  # (K - 1, K - 1, 3), each from the one of the second axis
         length = np.maximum((directions**2).sum(axis=2), 1e-9)
-        along = (((point - starts) * directions).sum(axis=2) / length).clip(0, 1)
-        nearest = starts + along[:, :, None] * directions
-        distances[index] = np.linalg.norm(nearest - point, axis=2).min(initial=np.inf)
-    return distances
+        along = (-(others * directions).sum(axis=2) / length).clip(0, 1)
+        nearest = others + along[..., None] * directions
+        distances.append(np.linalg.norm(nearest, axis=2).min())
+    return np.array(distances)
 
 
 @functools.cache
