@@ -6,12 +6,14 @@ Run as a program, this file makes composites from the original Cityscapes downlo
 import argparse
 import functools
 import io
+import math
 import mimetypes
 import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -145,7 +147,7 @@ class LabelDecoder:
         """Which colours stand in the 5x5 pixels round each of `where`, N flat indices; bool (K, N)."""
         padded = np.pad(color, 2, constant_values=self.unsure)
         found = np.zeros((self.unsure, len(where)), dtype=bool)
-        for index in np.flatnonzero(np.bincount(color.ravel(), minlength=self.unsure + 1)[:-1]):
+        for index in np.flatnonzero(np.bincount(color.ravel())[: self.unsure]):
             mask = padded == index
             for _ in range(2):  # rows, then columns
                 mask = (mask[:-4] | mask[1:-3] | mask[2:-2] | mask[3:-1] | mask[4:]).T
@@ -161,8 +163,7 @@ class LabelDecoder:
         same = padded[1:] == padded[:-1]
         block = same[:, 1:] & same[:, :-1] & (padded[1:, 1:] == padded[1:, :-1])  # (H + 1, W + 1), four alike
         block = block[1:] | block[:-1]
-        void = (color >= self.n_classes) & (color != self.unsure)
-        hits = void & ~(block[:, 1:] | block[:, :-1])
+        hits = (color >= self.n_classes) & (color != self.unsure) & ~(block[:, 1:] | block[:, :-1])
         hits[hits] = (rgb[hits] != self.colors[color[hits]]).any(axis=1)
         return hits
 
@@ -258,12 +259,12 @@ def decode_label(rgb: np.ndarray) -> np.ndarray:
 
 def check_classes(names: Sequence[str], colors: Sequence, owner: str | Path) -> None:
     """DatasetError if the class ids of a checkpoint, its `owner`, mean something else than here."""
-    for i, (name, color) in enumerate(zip(names, colors)):
-        here = CLASSES[i] if i < len(CLASSES) else None
-        if not here or (name, tuple(color)) != (here.name, tuple(here.color)):
-            known = f"{here.name} {here.color}" if here else "missing"
-            raise DatasetError(f"{owner}: its class {i} is {name} {tuple(color)}, in CLASSES of dataset.py "
-                               f"it is {known}; restore CLASSES as it was in training, or train anew")
+    here = [f"{entry.name} {tuple(map(int, entry.color))}" for entry in CLASSES]
+    for index, (name, color) in enumerate(zip(names, colors)):
+        there, known = f"{name} {tuple(color)}", here[index] if index < len(here) else "missing"
+        if there != known:
+            raise DatasetError(f"{owner}: its class {index} is {there}, in CLASSES of dataset.py it is {known}; "
+                               "restore CLASSES as it was in training, or train anew")
 
 
 def colorize(label: np.ndarray) -> np.ndarray:
@@ -274,8 +275,10 @@ def colorize(label: np.ndarray) -> np.ndarray:
 # --- Photos -------------------------------------------------------------------------------------------------
 
 # What Pillow decodes by itself: EPS would start Ghostscript; WMF, GRIB and their like are only recognised.
-PHOTO_FORMATS = set("AVIF BLP BMP DCX DDS DIB FITS FTEX GIF ICNS ICO IM JPEG JPEG2000 MPO MSP PCD PCX PIXAR "
-                    "PNG PPM PSD QOI SGI SPIDER SUN TGA TIFF WEBP XBM XPM".split())
+Image.init()
+PHOTO_FORMATS = [name for name in (
+    "AVIF BLP BMP DCX DDS DIB FITS FTEX GIF ICNS ICO IM JPEG JPEG2000 MPO MSP PCD PCX PIXAR PNG PPM PSD QOI "
+    "SGI SPIDER SUN TGA TIFF WEBP XBM XPM").split() if name in Image.OPEN]
 PHOTO_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in PHOTO_FORMATS}
 # Images that Pillow may not read, or only a thumbnail of; others are known by the system's MIME types.
 OTHER_SUFFIXES = set(".3fr .arw .avif .cr2 .cr3 .crw .dcr .dng .erf .heic .heif .iiq .jp2 .jxl .kdc .mef "
@@ -301,9 +304,9 @@ def is_image(path: Path) -> bool:
 
 def natural_key(path: Path) -> tuple[list, str]:
     """Sort key that puts 2.jpg before 10.jpg; digits compare as numbers, everything else as text."""
-    parts = re.split(r"(\d+)", str(path))
-    numbers = [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
-    return numbers, str(path)  # the text settles 01.jpg and 1.jpg
+    parts = re.split(r"(\d+)", str(path))  # text and numbers by turns
+    parts[1::2] = map(int, parts[1::2])
+    return parts, str(path)  # the text settles 01.jpg and 1.jpg
 
 
 def list_images(folder: str | Path) -> list[Path]:
@@ -330,7 +333,7 @@ def read_image(path: str | Path) -> Image.Image:
     """
     path = Path(path)
     try:
-        photo = decode_image(path)
+        return decode_image(path)
     except DatasetError as error:
         raise DatasetError(f"{path}: {error}") from error
     except FileNotFoundError as error:
@@ -339,35 +342,31 @@ def read_image(path: str | Path) -> Image.Image:
         reason = f"cannot be read as an image ({str(error) or type(error).__name__})"
         reason = "is a folder" if os.path.isdir(path) else reason
         raise DatasetError(f"{path}: {reason}; replace or remove it") from error
-    if min(photo.size) < 2:
-        size = f"{photo.width}x{photo.height}"
-        raise DatasetError(f"{path}: has {size} pixels, expected 2x2 or more; replace or remove it")
-    return photo
 
 
 def decode_image(path: Path) -> Image.Image:
     """The pixels of a file as `to_rgb` gives them, if need be without its metadata."""
     if is_image(path) and path.suffix.lower() not in PHOTO_SUFFIXES:  # of a .dng a thumbnail would be read
         raise DatasetError(f"Pillow {PIL.__version__} does not read {path.suffix}; convert it to JPEG or PNG")
-    formats, failure = sorted(PHOTO_FORMATS & set(Image.OPEN)), None
+    limit, failure = Image.MAX_IMAGE_PIXELS or math.inf, None  # None where a program has lifted it
     for source in readings(path):
         try:
-            with Image.open(source, formats=formats) as image:
-                check_size(image.width * image.height)
-                return to_rgb(image)
-        except Image.DecompressionBombError as error:  # above twice the limit
-            check_size(int(re.search(r"\d+", str(error))[0]))
+            with Image.open(source, formats=PHOTO_FORMATS) as image:
+                n_pixels = image.width * image.height
+                if min(image.size) < 2:
+                    raise DatasetError(f"has {image.width}x{image.height} pixels, expected 2x2 or more; "
+                                       "replace or remove it")
+                if n_pixels <= limit:
+                    return to_rgb(image)
         except DatasetError:
             raise
+        except Image.DecompressionBombError as error:  # above twice the limit
+            n_pixels = int(re.search(r"\d+", str(error))[0])
         except Exception as error:
             failure = failure or error  # what is wrong with the file as it is
-    raise failure
-
-
-def check_size(n_pixels: int) -> None:
-    limit = Image.MAX_IMAGE_PIXELS  # None where a program has lifted it
-    if limit and n_pixels > limit:
+            continue
         raise DatasetError(f"has {n_pixels / 1e6:.1f} megapixels, the limit is {limit / 1e6:.1f}; shrink it")
+    raise failure
 
 
 def readings(path: Path) -> Iterator[Path | io.BytesIO]:
@@ -495,20 +494,14 @@ def list_composites(folder: str | Path) -> list[Path]:
 # --- Data sets ----------------------------------------------------------------------------------------------
 
 
+@dataclass
 class CompositeDataset(Dataset):
-    """Composites on disk, decoded and checked at every access; an item is a batch.
+    """Composites on disk, decoded and checked at every access; an item is a batch."""
 
-    Args:
-        paths: of the composites.
-        image_size: side S of the square that photos are resized to.
-        n_classes: ids in the labels are below this.
-        resize_labels: resize labels along with photos, to train on; else they keep their size, to score on.
-    """
-
-    def __init__(self, paths: Sequence[Path], image_size: int, n_classes: int, *,
-                 resize_labels: bool) -> None:
-        self.paths, self.image_size, self.n_classes = paths, image_size, n_classes
-        self.resize_labels = resize_labels
+    paths: Sequence[Path]
+    image_size: int  # side S of the square that photos are resized to
+    n_classes: int  # ids in the labels are below this
+    resize_labels: bool = field(kw_only=True)  # along with photos, to train on; else keep them, to score on
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -516,9 +509,14 @@ class CompositeDataset(Dataset):
     def __getitem__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | list[Tensor], list[str]]:
         """images uint8 (B, 3, S, S) in channels_last, labels as from `stack`, and the others' faults."""
         images, labels, problems = [], [], []
-        for index in indices:
+        for path in (self.paths[index] for index in indices):
             try:
-                image, label = self.read(self.paths[index])
+                image, label = read_composite(path, self.image_size, resize_label=self.resize_labels)
+                highest = int(label.max())
+                if highest >= self.n_classes:
+                    raise DatasetError(
+                        f"{path}: holds class id {highest} ({CLASSES[highest].name}), expected ids below "
+                        f"--num_classes {self.n_classes}; pass --num_classes {highest + 1}")
             except DatasetError as error:
                 problems.append(str(error))
             else:
@@ -527,37 +525,22 @@ class CompositeDataset(Dataset):
         images = np.array(images, dtype=np.uint8).reshape(-1, self.image_size, self.image_size, 3)
         return torch.from_numpy(images).permute(0, 3, 1, 2), stack(labels), problems
 
-    def read(self, path: Path) -> tuple[np.ndarray, np.ndarray]:
-        """image uint8 (S, S, 3) and label uint8 (h, w); DatasetError if anything is wrong with it."""
-        image, label = read_composite(path, self.image_size, resize_label=self.resize_labels)
-        highest = int(label.max())
-        if highest >= self.n_classes:
-            raise DatasetError(f"{path}: holds class id {highest} ({CLASSES[highest].name}), expected ids "
-                               f"below --num_classes {self.n_classes}; pass --num_classes {highest + 1}")
-        return image, label
-
 
 def stack(labels: list[Tensor]) -> Tensor | list[Tensor]:
     """Labels (h, w) as one tensor (B, h, w), or as they are where their sizes differ."""
     return torch.stack(labels) if len({label.shape for label in labels}) == 1 else labels
 
 
+@dataclass
 class Split:
-    """A process's share of train/ or val/, and what is kept of it in memory.
+    """A process's share of train/ or val/, and what is kept of it in memory."""
 
-    Attributes:
-        images: uint8 (N, 3, S, S) in channels_last, or None where they are not kept.
-        features: the encoder's five feature maps of all images, each (N, C, h, w) in channels_last, or None.
-        labels: uint8 (N, h, w), or a list of N tensors (h, w) where sizes differ; kept along with the others.
-        class_pixels: how often each class occurs, int64 (n_classes,).
-    """
-
-    def __init__(self, composites: CompositeDataset, workers: int) -> None:
-        self.composites, self.workers = composites, workers
-        self.images: Tensor | None = None
-        self.features: list[Tensor] | None = None
-        self.labels: Tensor | list[Tensor] = []
-        self.class_pixels = torch.zeros(composites.n_classes, dtype=torch.int64)
+    composites: CompositeDataset
+    workers: int  # processes that read
+    images: Tensor | None = None  # uint8 (N, 3, S, S) in channels_last
+    features: list[Tensor] | None = None  # the encoder's five maps, each (N, C, h, w) in channels_last
+    labels: Tensor | list[Tensor] | None = None  # of either, uint8 (N, h, w), or N of (h, w) if sizes differ
+    class_pixels: Tensor | None = None  # once read, how often each class occurs, int64 (n_classes,)
 
     def __len__(self) -> int:
         return len(self.composites)
@@ -565,6 +548,7 @@ class Split:
     def read(self, keep: bool, bar: tqdm) -> list[str]:
         """Read and check every composite, count its pixels, keep it if asked; the faults, a line a file."""
         N, S, labels, problems = len(self), self.composites.image_size, [], []
+        self.class_pixels = torch.zeros(self.composites.n_classes, dtype=torch.int64)
         images = torch.empty((N * keep, 3, S, S), dtype=torch.uint8, memory_format=torch.channels_last)
         project_decoder()  # built before the workers fork, so that each has it
         batches = BatchSampler(range(N), READ_BATCH, drop_last=False)
@@ -611,27 +595,25 @@ class Split:
         Raises:
             DatasetError: a composite that is not kept can no longer be read.
         """
-        kept = self.features or self.images
-        if kept is None:
-            loader = DataLoader(self.composites, batch_size=None, sampler=order, num_workers=self.workers,
-                                pin_memory=device.type == "cuda")
-            for images, labels, problems in loader:
-                if problems:
-                    raise DatasetError(problems[0])
-                yield move(images, device), move(labels, device)
-            return
-        for indices in order:
-            inputs = take(kept, indices) if isinstance(kept, Tensor) else [take(one, indices) for one in kept]
-            if isinstance(self.labels, Tensor):
-                labels = take(self.labels, indices)
-            else:
-                labels = [self.labels[index] for index in indices]
+        if self.features:
+            parts = (([take(one, indices) for one in self.features], take(self.labels, indices), [])
+                     for indices in order)
+        elif self.images is not None:
+            parts = ((take(self.images, indices), take(self.labels, indices), []) for indices in order)
+        else:
+            parts = DataLoader(self.composites, batch_size=None, sampler=order, num_workers=self.workers,
+                               pin_memory=device.type == "cuda")
+        for inputs, labels, problems in parts:
+            if problems:
+                raise DatasetError(problems[0])
             yield move(inputs, device), move(labels, device)
 
 
-def take(tensor: Tensor, indices: Sequence[int]) -> Tensor:
+def take(tensors: Tensor | list[Tensor], indices: Sequence[int]) -> Tensor | list[Tensor]:
     """A batch; indexing with a tensor keeps channels_last, index_select does not."""
-    return tensor[torch.as_tensor(indices, device=tensor.device)]
+    if isinstance(tensors, list):
+        return [tensors[index] for index in indices]
+    return tensors[torch.as_tensor(indices, device=tensors.device)]
 
 
 def move(tensors: Tensor | list[Tensor], device: torch.device) -> Tensor | list[Tensor]:
