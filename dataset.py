@@ -21,7 +21,7 @@ import numpy as np
 import PIL
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -31,11 +31,6 @@ PHOTOMETRIC = 0.2  # largest relative change of brightness and of contrast
 READ_BATCH = 8  # composites that a worker hands over at once
 ENCODE_BATCH = 16  # photos that a frozen encoder takes at once
 MANY_FILES = 256  # fewer are read sooner than worker processes start
-DATA_HELP = (
-    "Expected: a folder with train/ and val/, each full of 256x512 composites (photo left, colour-coded "
-    "label right). The data set is published as pix2pix's 'cityscapes' archive and on Kaggle as "
-    "'cityscapes-image-pairs'. Pass its folder with --data_dir, or pass --demo to train on synthetic scenes"
-)
 
 
 class DatasetError(Exception):
@@ -82,20 +77,20 @@ FLAT_SIZE, FLAT_SPREAD = 5, 8  # 5x5 pixels that differ by 8 at most: hardly any
 class LabelDecoder:
     """Reads colour-coded labels that shrinking and JPEG have blurred, and finds colours of other tables.
 
-    Raises:
-        DatasetError: not 2 to 60 classes, a colour that is no RGB triple of 0..255, or one colour twice.
+    DatasetError unless there are 2 to 60 classes, each colour an RGB triple of 0..255, none there twice.
     """
 
-    def __init__(self, classes: tuple[SegmentationClass, ...], void_colors: dict[str, tuple]) -> None:
-        check_table(classes, void_colors)
-        colors = [*(entry.color for entry in classes), *void_colors.values()]
+    def __init__(self, classes: Sequence[SegmentationClass], void_colors: dict[str, tuple]) -> None:
+        table = [*classes, *(SegmentationClass(*item) for item in void_colors.items())]
+        check_table(table, len(classes))
         self.n_classes = len(classes)
-        self.colors = np.array(colors, dtype=np.uint8)  # (K, 3), void last
-        self.ids = np.array([*range(self.n_classes), *[0] * len(void_colors)], dtype=np.uint8)  # (K,)
-        self.thin = np.array([*(entry.thin for entry in classes), *[False] * len(void_colors)])  # (K,)
+        self.colors = np.array([entry.color for entry in table], dtype=np.uint8)  # (K, 3), void last
+        self.ids = np.arange(len(table), dtype=np.uint8)  # (K,)
+        self.ids[self.n_classes :] = 0
+        self.thin = np.array([entry.thin for entry in table])  # (K,)
         self.features = to_features(self.colors)
         self.standalone = (self.ids > 0) & (distance_to_mixtures(self.features) > STANDALONE_DISTANCE)
-        self.unsure = len(colors)  # stands for "no colour" where an index into colors is expected
+        self.unsure = len(table)  # stands for "no colour" where an index into colors is expected
         self.sure = self.sure_table()
 
     def sure_table(self) -> np.ndarray:
@@ -168,10 +163,7 @@ class LabelDecoder:
         return hits
 
     def palette_share(self, rgb: np.ndarray) -> float:
-        """Share of sure pixels among those not surely background, which other tables and dark photos have too.
-
-        0 if there are none.
-        """
+        """Share of sure pixels among those not surely background, as other tables have black too; or 0."""
         color = self.match(rgb)
         return float((color[color != 0] != self.unsure).mean()) if color.any() else 0.0
 
@@ -208,14 +200,13 @@ class LabelDecoder:
         return middle[(squared > STRANGE_DISTANCE**2).all(axis=1)]
 
 
-def check_table(classes: tuple[SegmentationClass, ...], void_colors: dict[str, tuple]) -> None:
-    """Raise DatasetError if a decoder cannot be built from the table."""
-    entries = [*(entry[:2] for entry in classes), *void_colors.items()]
-    if not 2 <= len(classes) <= 60 or len(entries) > 255:
-        raise DatasetError(f"dataset.py: {len(classes)} CLASSES and {len(void_colors)} VOID_COLORS; "
+def check_table(table: Sequence[SegmentationClass], n_classes: int) -> None:
+    """Raise DatasetError if a decoder cannot be built from the classes and the void colours behind them."""
+    if not 2 <= n_classes <= 60 or len(table) > 255:
+        raise DatasetError(f"dataset.py: {n_classes} CLASSES and {len(table) - n_classes} VOID_COLORS; "
                            "give 2 to 60 classes and at most 255 colours in all")
     seen = {}
-    for name, color in entries:
+    for name, color, _ in table:
         is_triple = isinstance(color, (tuple, list)) and len(color) == 3
         if not is_triple or any(level not in range(256) for level in color):
             raise DatasetError(f"dataset.py: {name!r} has the colour {color}; "
@@ -263,8 +254,8 @@ def check_classes(names: Sequence[str], colors: Sequence, owner: str | Path) -> 
     for index, (name, color) in enumerate(zip(names, colors)):
         there, known = f"{name} {tuple(color)}", here[index] if index < len(here) else "missing"
         if there != known:
-            raise DatasetError(f"{owner}: its class {index} is {there}, in CLASSES of dataset.py it is {known}; "
-                               "restore CLASSES as it was in training, or train anew")
+            raise DatasetError(f"{owner}: its class {index} is {there}, in CLASSES of dataset.py it is "
+                               f"{known}; restore CLASSES as it was in training, or train anew")
 
 
 def colorize(label: np.ndarray) -> np.ndarray:
@@ -286,9 +277,6 @@ OTHER_SUFFIXES = set(".3fr .arw .avif .cr2 .cr3 .crw .dcr .dng .erf .heic .heif 
                      ".x3f".split())
 BIT_DEPTHS = (8, 10, 12, 14, 16, 24, 32)  # 10 to 14 are those of camera sensors, stored in 16
 GREY = 128  # what shows where a photo is transparent
-Turn = Image.Transpose
-TURNS = {2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM, 5: Turn.TRANSPOSE,
-         6: Turn.ROTATE_270, 7: Turn.TRANSVERSE, 8: Turn.ROTATE_90}  # by EXIF orientation
 # Segments of a JPEG; E0 and EE are none of them, as they say what the channels mean.
 JPEG_METADATA = {bytes((0xFF, code)) for code in (*range(0xE1, 0xEE), 0xEF, 0xFE)}
 # Pillow warns of damaged metadata, which do not matter here, and of size, which is checked below.
@@ -312,10 +300,7 @@ def natural_key(path: Path) -> tuple[list, str]:
 def list_images(folder: str | Path) -> list[Path]:
     """What is named like an image in a folder, in natural order, but no hidden files.
 
-    What cannot be read is among it, so that `read_image` tells.
-
-    Raises:
-        DatasetError: the folder cannot be listed.
+    What cannot be read is among it, so that `read_image` tells. DatasetError if the folder cannot be listed.
     """
     try:
         paths = [path for path in Path(folder).iterdir() if path.name[0] != "." and is_image(path)]
@@ -327,9 +312,8 @@ def list_images(folder: str | Path) -> list[Path]:
 def read_image(path: str | Path) -> Image.Image:
     """A photo from disk: upright, 8-bit RGB and without metadata.
 
-    Raises:
-        DatasetError: no such file, not an image, damaged, of one pixel, larger than Image.MAX_IMAGE_PIXELS,
-            or of values that `to_rgb` refuses.
+    DatasetError if there is no such file, or it is no image, damaged, less than 2 pixels wide or high, larger
+    than Image.MAX_IMAGE_PIXELS, or of values that `to_rgb` refuses.
     """
     path = Path(path)
     try:
@@ -391,17 +375,14 @@ def readings(path: Path) -> Iterator[Path | io.BytesIO]:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any mode to 8-bit RGB without metadata: upright as EXIF says, over grey where it is transparent.
 
-    8 bits are taken as they are, more bits scaled as `to_8_bits` says.
-
-    Raises:
-        DatasetError: values that cannot be scaled.
+    8 bits are taken as they are, more bits scaled as `to_8_bits` says; DatasetError if they cannot be.
     """
     layout = str(image.tile[0][3]) if getattr(image, "tile", None) else ""  # the file's; load() forgets it
     image.load()
     try:
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # damaged EXIF says nothing
-        turn = None
+        orientation = None
     if image.mode == "F" or image.mode.startswith("I"):
         rgb = Image.fromarray(to_8_bits(image)).convert("RGB")
     elif ";16" in layout and max(high for _, high in image.getextrema()[:3]) < 64:  # upper 8 of 16 bits
@@ -417,17 +398,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
     else:
         rgb = image.convert("RGB")
     rgb.info = {}
-    return rgb if turn is None else rgb.transpose(turn)
+    rgb.getexif()[ExifTags.Base.Orientation] = orientation
+    ImageOps.exif_transpose(rgb, in_place=True)
+    return rgb
 
 
 def to_8_bits(image: Image.Image) -> np.ndarray:
     """Grey of integers or floats to uint8 (H, W).
 
     White is 2**n - 1 for integers, n the smallest of BIT_DEPTHS that holds the largest value; for floats 1 if
-    none is larger, 255 if more than 1% of them are larger than 1.
-
-    Raises:
-        DatasetError: negative, infinite or NaN values, or floats of other ranges.
+    none is larger, 255 if more than 1% of them are larger than 1. DatasetError for floats of other ranges and
+    for negative, infinite or NaN values.
     """
     values = np.asarray(image)  # (H, W)
     sample_format = getattr(image, "tag_v2", {339: None}).get(339, 1)  # of a TIFF; 1 is unsigned
@@ -482,13 +463,16 @@ def read_composite(path: str | Path, image_size: int | None = 256, *,
 
 def list_composites(folder: str | Path) -> list[Path]:
     """The composites of a folder in natural order; DatasetError with the expected layout if it has none."""
-    folder = Path(folder)
-    problem = "holds no composites"
+    folder, problem = Path(folder), "holds no composites"
     if not folder.is_dir():
         problem = "is not a folder" if folder.exists() else "is missing"
     elif paths := list_images(folder):
         return paths
-    raise DatasetError(f"{folder} {problem}. {DATA_HELP}")
+    raise DatasetError(
+        f"{folder} {problem}. Expected: a folder with train/ and val/, each full of 256x512 composites "
+        "(photo left, colour-coded label right). The data set is published as pix2pix's 'cityscapes' archive "
+        "and on Kaggle as 'cityscapes-image-pairs'. Pass its folder with --data_dir, or pass --demo to train "
+        "on synthetic scenes")
 
 
 # --- Data sets ----------------------------------------------------------------------------------------------
@@ -558,7 +542,7 @@ class Split:
                 self.class_pixels += torch.bincount(label.flatten(), minlength=len(self.class_pixels))
                 if keep:
                     images[len(labels)] = image
-                    labels.append(label.clone())  # not a view of the whole part
+                    labels.append(label.clone())  # out of the memory shared with a worker
             problems += part[2]
             bar.update(len(part[0]) + len(part[2]))
         if keep:
@@ -566,13 +550,9 @@ class Split:
         return problems
 
     def keep_features(self, encode: Callable, like: Sequence[Tensor], bar: tqdm) -> None:
-        """Put the encoder's features in the place of the images.
+        """Put the encoder's features in the place of the images; DatasetError if the dtype cannot hold them.
 
-        Args:
-            encode: from images to feature maps.
-            like: feature maps of the dtype and on the device to keep them in.
-        Raises:
-            DatasetError: they are too large for the dtype.
+        `encode` makes feature maps of images, `like` are some of the dtype and on the device to keep them in.
         """
         images, finite = self.images, True
         self.features = [torch.empty((len(self), *one.shape[1:]), dtype=one.dtype, device=one.device,
@@ -592,8 +572,7 @@ class Split:
     def batches(self, order: Iterable[Sequence[int]], device: torch.device) -> Iterator[tuple]:
         """inputs (images, or the five feature maps) and labels of each batch of indices, on the device.
 
-        Raises:
-            DatasetError: a composite that is not kept can no longer be read.
+        DatasetError if a composite that is not kept can no longer be read.
         """
         if self.features:
             parts = (([take(one, indices) for one in self.features], take(self.labels, indices), [])
@@ -628,9 +607,8 @@ def move(tensors: Tensor | list[Tensor], device: torch.device) -> Tensor | list[
 def storage_options(n_bytes: float, dtype: torch.dtype, free: dict[str, float]) -> list[list[str]]:
     """Where features that take so many bytes in their dtype fit, as [device, dtype], the best place first.
 
-    Args:
-        free: bytes that may be taken on each device, the faster device first. Features in float32 may be kept
-            as float16, in half of the bytes.
+    `free` are the bytes that may be taken on each device, the faster device first. What is float32 may also
+    be kept as float16, in half of the bytes.
     """
     needed = {str(dtype).removeprefix("torch."): n_bytes}
     if dtype == torch.float32:
@@ -644,12 +622,8 @@ def storage_options(n_bytes: float, dtype: torch.dtype, free: dict[str, float]) 
 def augment(images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Mirror half of the images with their labels, and change brightness and contrast by 1 +- PHOTOMETRIC.
 
-    Args:
-        images: uint8 (B, 3, H, W).
-        labels: uint8 (B, H, W).
-        generator: on the images' device; the only source of randomness.
-    Returns:
-        images float32 (B, 3, H, W), a black pixel still 0, and labels uint8 (B, H, W).
+    Images uint8 (B, 3, H, W) become float32, a black pixel still 0; labels are uint8 (B, H, W). The
+    generator, on the images' device, is the only source of randomness.
     """
     draw = torch.rand((3, len(images), 1, 1, 1), device=images.device, generator=generator)
     mirrored = draw[0] < 0.5
@@ -676,7 +650,7 @@ def imagenet_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
 # --- Making composites from the original download -----------------------------------------------------------
 
 
-def make_composites(cityscapes_dir: Path, data_dir: Path, size: int = 256) -> int:
+def make_composites(cityscapes_dir: Path, data_dir: Path, size: int) -> int:
     """Composites as lossless PNG from leftImg8bit/SPLIT/CITY/*.png and gtFine/SPLIT/CITY/*_gtFine_color.png.
 
     The photo is shrunk with antialiasing, the label with nearest: every pixel keeps an official colour.
@@ -684,10 +658,9 @@ def make_composites(cityscapes_dir: Path, data_dir: Path, size: int = 256) -> in
     Returns:
         How many there are in data_dir/train and data_dir/val; those there before are counted, not made again.
     Raises:
-        DatasetError: no photos, a photo without its label, a picture that cannot be read, or composites of
-            another size in data_dir.
+        DatasetError: no photos, a picture missing or unreadable, or composites of another size in data_dir.
     """
-    photos = [(split, path) for split in ("train", "val")
+    photos = [path for split in ("train", "val")
               for path in sorted(cityscapes_dir.glob(f"leftImg8bit/{split}/*/*_leftImg8bit.png"))]
     if not photos:
         raise DatasetError(f"{cityscapes_dir} holds no leftImg8bit/train/*/*_leftImg8bit.png; unpack "
@@ -698,14 +671,13 @@ def make_composites(cityscapes_dir: Path, data_dir: Path, size: int = 256) -> in
             raise DatasetError(f"{path} has {width}x{height} pixels, and --size {size} makes "
                                f"{2 * size}x{size}; choose another --output, or remove what is there")
 
-    def make_one(entry: tuple[str, Path]) -> None:
-        split, photo_path = entry
-        frame = photo_path.name.removesuffix("_leftImg8bit.png")
-        target = data_dir / split / f"{frame}.png"
+    def make_one(photo_path: Path) -> None:
+        *_, split, city, name = photo_path.parts
+        target = data_dir / split / name.replace("_leftImg8bit", "")
         if target.exists():
             return
+        label_path = cityscapes_dir / "gtFine" / split / city / name.replace("leftImg8bit", "gtFine_color")
         photo = read_image(photo_path).resize((size, size), Image.Resampling.LANCZOS)
-        label_path = cityscapes_dir / "gtFine" / split / photo_path.parent.name / f"{frame}_gtFine_color.png"
         label = read_image(label_path).resize((size, size), Image.Resampling.NEAREST)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
