@@ -267,9 +267,9 @@ def colorize(label: np.ndarray) -> np.ndarray:
 
 # What Pillow decodes by itself: EPS would start Ghostscript; WMF, GRIB and their like are only recognised.
 Image.init()
-PHOTO_FORMATS = [name for name in (
-    "AVIF BLP BMP DCX DDS DIB FITS FTEX GIF ICNS ICO IM JPEG JPEG2000 MPO MSP PCD PCX PIXAR PNG PPM PSD QOI "
-    "SGI SPIDER SUN TGA TIFF WEBP XBM XPM").split() if name in Image.OPEN]
+PHOTO_FORMATS = ("AVIF BLP BMP DCX DDS DIB FITS FTEX GIF ICNS ICO IM JPEG JPEG2000 MPO MSP PCD PCX PIXAR PNG "
+                 "PPM PSD QOI SGI SPIDER SUN TGA TIFF WEBP XBM XPM").split()
+PHOTO_FORMATS = [name for name in PHOTO_FORMATS if name in Image.OPEN]  # by some builds of Pillow
 PHOTO_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in PHOTO_FORMATS}
 # Images that Pillow may not read, or only a thumbnail of; others are known by the system's MIME types.
 OTHER_SUFFIXES = set(".3fr .arw .avif .cr2 .cr3 .crw .dcr .dng .erf .heic .heif .iiq .jp2 .jxl .kdc .mef "
@@ -398,9 +398,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     else:
         rgb = image.convert("RGB")
     rgb.info = {}
+    if orientation is None:
+        return rgb
     rgb.getexif()[ExifTags.Base.Orientation] = orientation
-    ImageOps.exif_transpose(rgb, in_place=True)
-    return rgb
+    return ImageOps.exif_transpose(rgb)
 
 
 def to_8_bits(image: Image.Image) -> np.ndarray:
@@ -531,23 +532,25 @@ class Split:
 
     def read(self, keep: bool, bar: tqdm) -> list[str]:
         """Read and check every composite, count its pixels, keep it if asked; the faults, a line a file."""
-        N, S, labels, problems = len(self), self.composites.image_size, [], []
+        N, S = len(self), self.composites.image_size
         self.class_pixels = torch.zeros(self.composites.n_classes, dtype=torch.int64)
-        images = torch.empty((N * keep, 3, S, S), dtype=torch.uint8, memory_format=torch.channels_last)
+        kept = torch.empty((N * keep, 3, S, S), dtype=torch.uint8, memory_format=torch.channels_last)
+        kept_labels, all_problems = [], []
         project_decoder()  # built before the workers fork, so that each has it
         batches = BatchSampler(range(N), READ_BATCH, drop_last=False)
         workers = self.workers if N >= MANY_FILES else 0
-        for part in DataLoader(self.composites, batch_size=None, sampler=batches, num_workers=workers):
-            for image, label in zip(*part[:2]):
+        loader = DataLoader(self.composites, batch_size=None, sampler=batches, num_workers=workers)
+        for images, labels, problems in loader:
+            for image, label in zip(images, labels):
                 self.class_pixels += torch.bincount(label.flatten(), minlength=len(self.class_pixels))
                 if keep:
-                    images[len(labels)] = image
-                    labels.append(label.clone())  # out of the memory shared with a worker
-            problems += part[2]
-            bar.update(len(part[0]) + len(part[2]))
+                    kept[len(kept_labels)] = image
+                    kept_labels.append(label.clone())  # out of the memory shared with a worker
+            all_problems += problems
+            bar.update(len(images) + len(problems))
         if keep:
-            self.images, self.labels = images, stack(labels)
-        return problems
+            self.images, self.labels = kept, stack(kept_labels)
+        return all_problems
 
     def keep_features(self, encode: Callable, like: Sequence[Tensor], bar: tqdm) -> None:
         """Put the encoder's features in the place of the images; DatasetError if the dtype cannot hold them.
@@ -559,8 +562,8 @@ class Split:
                                      memory_format=torch.channels_last) for one in like]
         for start in range(0, len(self), ENCODE_BATCH):
             chosen = slice(start, start + ENCODE_BATCH)
-            for kept, part in zip(self.features, encode(images[chosen])):
-                kept[chosen] = part
+            for kept, encoded in zip(self.features, encode(images[chosen])):
+                kept[chosen] = encoded
                 finite &= kept[chosen].isfinite().all()
             bar.update(len(images[chosen]))
         if not finite:
@@ -575,14 +578,14 @@ class Split:
         DatasetError if a composite that is not kept can no longer be read.
         """
         if self.features:
-            parts = (([take(one, indices) for one in self.features], take(self.labels, indices), [])
+            found = (([take(one, indices) for one in self.features], take(self.labels, indices), [])
                      for indices in order)
         elif self.images is not None:
-            parts = ((take(self.images, indices), take(self.labels, indices), []) for indices in order)
+            found = ((take(self.images, indices), take(self.labels, indices), []) for indices in order)
         else:
-            parts = DataLoader(self.composites, batch_size=None, sampler=order, num_workers=self.workers,
+            found = DataLoader(self.composites, batch_size=None, sampler=order, num_workers=self.workers,
                                pin_memory=device.type == "cuda")
-        for inputs, labels, problems in parts:
+        for inputs, labels, problems in found:
             if problems:
                 raise DatasetError(problems[0])
             yield move(inputs, device), move(labels, device)
