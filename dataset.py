@@ -640,14 +640,13 @@ def augment(images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple
 def normalize(images: Tensor) -> Tensor:
     """Images (B, 3, H, W) of 0..255, uint8 or float32, to float32 in channels_last, ImageNet-normalised."""
     mean, std = imagenet_statistics(images.device)
-    return (images - 255 * mean).div_(255 * std).contiguous(memory_format=torch.channels_last)
+    return (images - mean).div_(std).contiguous(memory_format=torch.channels_last)
 
 
 @functools.cache  # a copy to the device makes the host wait; once a run is enough
-def imagenet_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """MEAN and STD on the device, each (1, 3, 1, 1)."""
-    mean, std = torch.tensor((MEAN, STD), device=device)
-    return mean.view(1, 3, 1, 1), std.view(1, 3, 1, 1)
+def imagenet_statistics(device: torch.device) -> Tensor:
+    """MEAN and STD of 0..255 on the device, (2, 1, 3, 1, 1)."""
+    return 255 * torch.tensor((MEAN, STD), device=device).view(2, 1, 3, 1, 1)
 
 
 # --- Making composites from the original download -----------------------------------------------------------
