@@ -6,12 +6,14 @@ Run as a program, this file makes composites from the original Cityscapes downlo
 import argparse
 import functools
 import io
+import math
 import mimetypes
 import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +21,7 @@ import numpy as np
 import PIL
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -29,11 +31,6 @@ PHOTOMETRIC = 0.2  # largest relative change of brightness and of contrast
 READ_BATCH = 8  # composites that a worker hands over at once
 ENCODE_BATCH = 16  # photos that a frozen encoder takes at once
 MANY_FILES = 256  # fewer are read sooner than worker processes start
-DATA_HELP = (
-    "Expected: a folder with train/ and val/, each full of 256x512 composites (photo left, colour-coded "
-    "label right). The data set is published as pix2pix's 'cityscapes' archive and on Kaggle as "
-    "'cityscapes-image-pairs'. Pass its folder with --data_dir, or pass --demo to train on synthetic scenes"
-)
 
 
 class DatasetError(Exception):
@@ -80,35 +77,32 @@ FLAT_SIZE, FLAT_SPREAD = 5, 8  # 5x5 pixels that differ by 8 at most: hardly any
 class LabelDecoder:
     """Reads colour-coded labels that shrinking and JPEG have blurred, and finds colours of other tables.
 
-    Raises:
-        DatasetError: not 2 to 60 classes, a colour that is no RGB triple of 0..255, or one colour twice.
+    DatasetError unless there are 2 to 60 classes, each colour an RGB triple of 0..255, none there twice.
     """
 
-    def __init__(self, classes: tuple[SegmentationClass, ...], void_colors: dict[str, tuple]) -> None:
-        check_table(classes, void_colors)
-        colors = [*(entry.color for entry in classes), *void_colors.values()]
-        self.colors = np.array(colors, dtype=np.uint8)  # (K, 3)
-        self.ids = np.array([*range(len(classes)), *[0] * len(void_colors)], dtype=np.uint8)  # (K,)
-        self.unsure = len(self.colors)  # stands for "no colour" where an index into colors is expected
-        self.void = np.append(self.ids == 0, False)  # and unsure is none
-        self.void[0] = False  # nor is the background's own colour
+    def __init__(self, classes: Sequence[SegmentationClass], void_colors: dict[str, tuple]) -> None:
+        table = [*classes, *(SegmentationClass(*item) for item in void_colors.items())]
+        check_table(table, len(classes))
+        self.n_classes = len(classes)
+        self.colors = np.array([entry.color for entry in table], dtype=np.uint8)  # (K, 3), void last
+        self.ids = np.arange(len(table), dtype=np.uint8)  # (K,)
+        self.ids[self.n_classes :] = 0
+        self.thin = np.array([entry.thin for entry in table])  # (K,)
         self.features = to_features(self.colors)
         self.standalone = (self.ids > 0) & (distance_to_mixtures(self.features) > STANDALONE_DISTANCE)
-        self.thin = np.array([*(entry.thin for entry in classes), *[False] * len(void_colors)])  # (K,)
+        self.unsure = len(table)  # stands for "no colour" where an index into colors is expected
         self.sure = self.sure_table()
 
     def sure_table(self) -> np.ndarray:
         """For each RGB value the colour within SURE_DISTANCE, or unsure; uint8 (256, 256, 256)."""
         table = np.full((256, 256, 256), self.unsure, dtype=np.uint8)
         nearest = np.full(table.shape, SURE_DISTANCE**2, dtype=np.uint8)  # squared distance
-        for index, color in enumerate(self.colors.tolist()):
-            ranges = [np.arange(256)[max(level - SURE_DISTANCE, 0) : level + SURE_DISTANCE + 1]
-                      for level in color]
-            cube = tuple(slice(levels[0], levels[-1] + 1) for levels in ranges)
-            r, g, b = np.ix_(*((levels - level) ** 2 for levels, level in zip(ranges, color)))
-            squared = r + g + b
+        for index, color in enumerate(self.colors.astype(int)):
+            cube = np.ix_(*(abs(np.arange(256) - level) <= SURE_DISTANCE for level in color))
+            squared = sum((levels - level) ** 2 for levels, level in zip(cube, color))
             closer = squared < nearest[cube]
-            table[cube][closer], nearest[cube][closer] = index, squared[closer]
+            table[cube] = np.where(closer, index, table[cube])
+            nearest[cube] = np.where(closer, squared, nearest[cube])
         return table
 
     def match(self, rgb: np.ndarray) -> np.ndarray:
@@ -130,13 +124,14 @@ class LabelDecoder:
         unsure = np.flatnonzero(sure == self.unsure)
         allowed = self.colors_around(sure, unsure)  # (K, N)
         anywhere = allowed.any(axis=1, keepdims=True)
-        lonely = np.flatnonzero(~allowed.any(axis=0))
+        lonely = ~allowed.any(axis=0)
         # Chance hits count where they are all there is.
         allowed[:, lonely] = self.colors_around(np.where(chance, color, self.unsure), unsure[lonely])
-        lonely = lonely[~allowed[:, lonely].any(axis=0)]
-        allowed[:, lonely] = anywhere | ~anywhere.any()
+        allowed[:, ~allowed.any(axis=0)] = anywhere | ~anywhere.any()
 
-        distance = self.distances(rgb.reshape(-1, 3)[unsure])  # (K, N)
+        pixels, colors = to_features(rgb.reshape(-1, 3)[unsure]), self.features
+        products = colors @ pixels.T  # (K, N)
+        distance = -2 * products + (colors**2).sum(axis=1)[:, None] + (pixels**2).sum(axis=1)  # squared
         allowed[self.standalone] |= distance[self.standalone] == distance.min(axis=0)
         allowed[self.thin] |= distance[self.thin] < THIN_DISTANCE**2
         np.copyto(distance, np.inf, where=~allowed)
@@ -147,20 +142,12 @@ class LabelDecoder:
         """Which colours stand in the 5x5 pixels round each of `where`, N flat indices; bool (K, N)."""
         padded = np.pad(color, 2, constant_values=self.unsure)
         found = np.zeros((self.unsure, len(where)), dtype=bool)
-        for index in np.flatnonzero(np.bincount(color.ravel(), minlength=self.unsure + 1)[:-1]):
+        for index in np.flatnonzero(np.bincount(color.ravel())[: self.unsure]):
             mask = padded == index
             for _ in range(2):  # rows, then columns
                 mask = (mask[:-4] | mask[1:-3] | mask[2:-2] | mask[3:-1] | mask[4:]).T
             found[index] = mask.ravel()[where]
         return found
-
-    def distances(self, pixels: np.ndarray) -> np.ndarray:
-        """For RGB (N, 3) the squared distances to the colours in to_features, float32 (K, N)."""
-        features = to_features(pixels)
-        distance = -2 * self.features @ features.T
-        distance += (self.features**2).sum(axis=1)[:, None]
-        distance += (features**2).sum(axis=1)
-        return distance
 
     def chance_hits(self, color: np.ndarray, rgb: np.ndarray) -> np.ndarray:
         """Void pixels that stand in no 2x2 block and are not exact; bool (H, W).
@@ -171,15 +158,12 @@ class LabelDecoder:
         same = padded[1:] == padded[:-1]
         block = same[:, 1:] & same[:, :-1] & (padded[1:, 1:] == padded[1:, :-1])  # (H + 1, W + 1), four alike
         block = block[1:] | block[:-1]
-        hits = self.void[color] & ~(block[:, 1:] | block[:, :-1])
+        hits = (color >= self.n_classes) & (color != self.unsure) & ~(block[:, 1:] | block[:, :-1])
         hits[hits] = (rgb[hits] != self.colors[color[hits]]).any(axis=1)
         return hits
 
     def palette_share(self, rgb: np.ndarray) -> float:
-        """Share of sure pixels among those not surely background, 0 if there are none.
-
-        The background's colour proves nothing: other tables and dark photos have it too.
-        """
+        """Share of sure pixels among those not surely background, as other tables have black too; or 0."""
         color = self.match(rgb)
         return float((color[color != 0] != self.unsure).mean()) if color.any() else 0.0
 
@@ -190,15 +174,13 @@ class LabelDecoder:
         color = self.match(rgb)
         foreground, unsure = np.mean(color != 0), np.mean(color == self.unsure)
         strange = self.strange_places(rgb, color)  # (N, 3)
-        no_label = unsure > max((1 - MIN_PALETTE_SHARE) * foreground, 0.05)
         if len(strange) > MAX_STRANGE and unsure - len(strange) / color.size < 1 - MIN_PALETTE_SHARE:
-            cells, counts = np.unique(strange // 16, axis=0, return_counts=True)
-            commonest = (strange // 16 == cells[counts.argmax()]).all(axis=1)
-            named = np.median(strange[commonest], axis=0).astype(int)
+            colors, counts = np.unique(strange, axis=0, return_counts=True)
+            named = colors[counts.argmax()]
             share = np.mean((color == self.unsure) & (abs(rgb - named) <= SURE_DISTANCE).all(axis=2))
             return (f"{share:.1%} of its label are rgb{tuple(named.tolist())}, no colour of the class table; "
                     "add it to CLASSES in dataset.py, or to VOID_COLORS if it is to count as background")
-        if no_label:
+        if unsure > max((1 - MIN_PALETTE_SHARE) * foreground, 0.05):
             return (f"its right half is no colour-coded label: {1 - unsure / foreground:.0%} of its pixels, "
                     "background aside, lie near a colour of the class table, expected "
                     f"{MIN_PALETTE_SHARE:.0%} or more; recolour or remove it")
@@ -212,20 +194,19 @@ class LabelDecoder:
         for _ in range(FLAT_SIZE - 1):  # shrink to the corners of the 5x5 places that are far throughout
             far = far[1:, 1:] & far[:-1, 1:] & far[1:, :-1] & far[:-1, :-1]
         places = sliding_window_view(rgb, (FLAT_SIZE, FLAT_SIZE), (0, 1))[far]  # (N, 3, 5, 5)
-        flat = np.ptp(places, axis=(2, 3)).max(axis=1, initial=0) <= FLAT_SPREAD
+        flat = np.ptp(places, axis=(2, 3)).max(axis=1) <= FLAT_SPREAD
         middle = places[flat, :, FLAT_SIZE // 2, FLAT_SIZE // 2].astype(int)
         squared = ((middle[:, None] - self.colors) ** 2).sum(axis=2)  # (N, K)
         return middle[(squared > STRANGE_DISTANCE**2).all(axis=1)]
 
 
-def check_table(classes: tuple[SegmentationClass, ...], void_colors: dict[str, tuple]) -> None:
-    """Raise DatasetError if a decoder cannot be built from the table."""
-    entries = [*(entry[:2] for entry in classes), *void_colors.items()]
-    if not 2 <= len(classes) <= 60 or len(entries) > 255:
-        raise DatasetError(f"dataset.py: {len(classes)} CLASSES and {len(void_colors)} VOID_COLORS; "
+def check_table(table: Sequence[SegmentationClass], n_classes: int) -> None:
+    """Raise DatasetError if a decoder cannot be built from the classes and the void colours behind them."""
+    if not 2 <= n_classes <= 60 or len(table) > 255:
+        raise DatasetError(f"dataset.py: {n_classes} CLASSES and {len(table) - n_classes} VOID_COLORS; "
                            "give 2 to 60 classes and at most 255 colours in all")
     seen = {}
-    for name, color in entries:
+    for name, color, _ in table:
         is_triple = isinstance(color, (tuple, list)) and len(color) == 3
         if not is_triple or any(level not in range(256) for level in color):
             raise DatasetError(f"dataset.py: {name!r} has the colour {color}; "
@@ -245,15 +226,15 @@ def to_features(rgb: np.ndarray) -> np.ndarray:
 
 def distance_to_mixtures(points: np.ndarray) -> np.ndarray:
     """How far each of (K, 3) lies from the nearest segment between two others, (K,)."""
-    distances = np.full(len(points), np.inf)
+    distances = []
     for index, point in enumerate(points):
-        starts = np.delete(points, index, axis=0)[:, None]
-        directions = starts.swapaxes(0, 1) - starts  # (K - 1, K - 1, 3)
+        others = np.delete(points, index, axis=0) - point
+        directions = others[:, None] - others  # (K - 1, K - 1, 3), each from the one of the second axis
         length = np.maximum((directions**2).sum(axis=2), 1e-9)
-        along = (((point - starts) * directions).sum(axis=2) / length).clip(0, 1)
-        nearest = starts + along[:, :, None] * directions
-        distances[index] = np.linalg.norm(nearest - point, axis=2).min(initial=np.inf)
-    return distances
+        along = (-(others * directions).sum(axis=2) / length).clip(0, 1)
+        nearest = others + along[..., None] * directions
+        distances.append(np.linalg.norm(nearest, axis=2).min())
+    return np.array(distances)
 
 
 @functools.cache
@@ -269,12 +250,12 @@ def decode_label(rgb: np.ndarray) -> np.ndarray:
 
 def check_classes(names: Sequence[str], colors: Sequence, owner: str | Path) -> None:
     """DatasetError if the class ids of a checkpoint, its `owner`, mean something else than here."""
-    for i, (name, color) in enumerate(zip(names, colors)):
-        here = CLASSES[i] if i < len(CLASSES) else None
-        if not here or (name, tuple(color)) != (here.name, tuple(here.color)):
-            known = f"{here.name} {here.color}" if here else "missing"
-            raise DatasetError(f"{owner}: its class {i} is {name} {tuple(color)}, in CLASSES of dataset.py "
-                               f"it is {known}; restore CLASSES as it was in training, or train anew")
+    here = [f"{entry.name} {tuple(map(int, entry.color))}" for entry in CLASSES]
+    for index, (name, color) in enumerate(zip(names, colors)):
+        there, known = f"{name} {tuple(color)}", here[index] if index < len(here) else "missing"
+        if there != known:
+            raise DatasetError(f"{owner}: its class {index} is {there}, in CLASSES of dataset.py it is "
+                               f"{known}; restore CLASSES as it was in training, or train anew")
 
 
 def colorize(label: np.ndarray) -> np.ndarray:
@@ -285,8 +266,10 @@ def colorize(label: np.ndarray) -> np.ndarray:
 # --- Photos -------------------------------------------------------------------------------------------------
 
 # What Pillow decodes by itself: EPS would start Ghostscript; WMF, GRIB and their like are only recognised.
-PHOTO_FORMATS = set("AVIF BLP BMP DCX DDS DIB FITS FTEX GIF ICNS ICO IM JPEG JPEG2000 MPO MSP PCD PCX PIXAR "
-                    "PNG PPM PSD QOI SGI SPIDER SUN TGA TIFF WEBP XBM XPM".split())
+Image.init()
+PHOTO_FORMATS = ("AVIF BLP BMP DCX DDS DIB FITS FTEX GIF ICNS ICO IM JPEG JPEG2000 MPO MSP PCD PCX PIXAR PNG "
+                 "PPM PSD QOI SGI SPIDER SUN TGA TIFF WEBP XBM XPM").split()
+PHOTO_FORMATS = [name for name in PHOTO_FORMATS if name in Image.OPEN]  # by some builds of Pillow
 PHOTO_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in PHOTO_FORMATS}
 # Images that Pillow may not read, or only a thumbnail of; others are known by the system's MIME types.
 OTHER_SUFFIXES = set(".3fr .arw .avif .cr2 .cr3 .crw .dcr .dng .erf .heic .heif .iiq .jp2 .jxl .kdc .mef "
@@ -294,9 +277,6 @@ OTHER_SUFFIXES = set(".3fr .arw .avif .cr2 .cr3 .crw .dcr .dng .erf .heic .heif 
                      ".x3f".split())
 BIT_DEPTHS = (8, 10, 12, 14, 16, 24, 32)  # 10 to 14 are those of camera sensors, stored in 16
 GREY = 128  # what shows where a photo is transparent
-Turn = Image.Transpose
-TURNS = {2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM, 5: Turn.TRANSPOSE,
-         6: Turn.ROTATE_270, 7: Turn.TRANSVERSE, 8: Turn.ROTATE_90}  # by EXIF orientation
 # Segments of a JPEG; E0 and EE are none of them, as they say what the channels mean.
 JPEG_METADATA = {bytes((0xFF, code)) for code in (*range(0xE1, 0xEE), 0xEF, 0xFE)}
 # Pillow warns of damaged metadata, which do not matter here, and of size, which is checked below.
@@ -312,18 +292,15 @@ def is_image(path: Path) -> bool:
 
 def natural_key(path: Path) -> tuple[list, str]:
     """Sort key that puts 2.jpg before 10.jpg; digits compare as numbers, everything else as text."""
-    parts = re.split(r"(\d+)", str(path))
-    numbers = [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
-    return numbers, str(path)  # the text settles 01.jpg and 1.jpg
+    parts = re.split(r"(\d+)", str(path))  # text and numbers by turns
+    parts[1::2] = map(int, parts[1::2])
+    return parts, str(path)  # the text settles 01.jpg and 1.jpg
 
 
 def list_images(folder: str | Path) -> list[Path]:
     """What is named like an image in a folder, in natural order, but no hidden files.
 
-    What cannot be read is among it, so that `read_image` tells.
-
-    Raises:
-        DatasetError: the folder cannot be listed.
+    What cannot be read is among it, so that `read_image` tells. DatasetError if the folder cannot be listed.
     """
     try:
         paths = [path for path in Path(folder).iterdir() if path.name[0] != "." and is_image(path)]
@@ -335,13 +312,12 @@ def list_images(folder: str | Path) -> list[Path]:
 def read_image(path: str | Path) -> Image.Image:
     """A photo from disk: upright, 8-bit RGB and without metadata.
 
-    Raises:
-        DatasetError: no such file, not an image, damaged, of one pixel, larger than Image.MAX_IMAGE_PIXELS,
-            or of values that `to_rgb` refuses.
+    DatasetError if there is no such file, or it is no image, damaged, less than 2 pixels wide or high, larger
+    than Image.MAX_IMAGE_PIXELS, or of values that `to_rgb` refuses.
     """
     path = Path(path)
     try:
-        photo = decode_image(path)
+        return decode_image(path)
     except DatasetError as error:
         raise DatasetError(f"{path}: {error}") from error
     except FileNotFoundError as error:
@@ -350,35 +326,31 @@ def read_image(path: str | Path) -> Image.Image:
         reason = f"cannot be read as an image ({str(error) or type(error).__name__})"
         reason = "is a folder" if os.path.isdir(path) else reason
         raise DatasetError(f"{path}: {reason}; replace or remove it") from error
-    if min(photo.size) < 2:
-        size = f"{photo.width}x{photo.height}"
-        raise DatasetError(f"{path}: has {size} pixels, expected 2x2 or more; replace or remove it")
-    return photo
 
 
 def decode_image(path: Path) -> Image.Image:
     """The pixels of a file as `to_rgb` gives them, if need be without its metadata."""
     if is_image(path) and path.suffix.lower() not in PHOTO_SUFFIXES:  # of a .dng a thumbnail would be read
         raise DatasetError(f"Pillow {PIL.__version__} does not read {path.suffix}; convert it to JPEG or PNG")
-    formats, failure = sorted(PHOTO_FORMATS & set(Image.OPEN)), None
+    limit, failure = Image.MAX_IMAGE_PIXELS or math.inf, None  # None where a program has lifted it
     for source in readings(path):
         try:
-            with Image.open(source, formats=formats) as image:
-                check_size(image.width * image.height)
-                return to_rgb(image)
-        except Image.DecompressionBombError as error:  # above twice the limit
-            check_size(int(re.search(r"\d+", str(error))[0]))
+            with Image.open(source, formats=PHOTO_FORMATS) as image:
+                n_pixels = image.width * image.height
+                if min(image.size) < 2:
+                    raise DatasetError(f"has {image.width}x{image.height} pixels, expected 2x2 or more; "
+                                       "replace or remove it")
+                if n_pixels <= limit:
+                    return to_rgb(image)
         except DatasetError:
             raise
+        except Image.DecompressionBombError as error:  # above twice the limit
+            n_pixels = int(re.search(r"\d+", str(error))[0])
         except Exception as error:
             failure = failure or error  # what is wrong with the file as it is
-    raise failure
-
-
-def check_size(n_pixels: int) -> None:
-    limit = Image.MAX_IMAGE_PIXELS  # None where a program has lifted it
-    if limit and n_pixels > limit:
+            continue
         raise DatasetError(f"has {n_pixels / 1e6:.1f} megapixels, the limit is {limit / 1e6:.1f}; shrink it")
+    raise failure
 
 
 def readings(path: Path) -> Iterator[Path | io.BytesIO]:
@@ -403,17 +375,14 @@ def readings(path: Path) -> Iterator[Path | io.BytesIO]:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any mode to 8-bit RGB without metadata: upright as EXIF says, over grey where it is transparent.
 
-    8 bits are taken as they are, more bits scaled as `to_8_bits` says.
-
-    Raises:
-        DatasetError: values that cannot be scaled.
+    8 bits are taken as they are, more bits scaled as `to_8_bits` says; DatasetError if they cannot be.
     """
     layout = str(image.tile[0][3]) if getattr(image, "tile", None) else ""  # the file's; load() forgets it
     image.load()
     try:
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # damaged EXIF says nothing
-        turn = None
+        orientation = None
     if image.mode == "F" or image.mode.startswith("I"):
         rgb = Image.fromarray(to_8_bits(image)).convert("RGB")
     elif ";16" in layout and max(high for _, high in image.getextrema()[:3]) < 64:  # upper 8 of 16 bits
@@ -429,17 +398,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
     else:
         rgb = image.convert("RGB")
     rgb.info = {}
-    return rgb if turn is None else rgb.transpose(turn)
+    if orientation is None:
+        return rgb
+    rgb.getexif()[ExifTags.Base.Orientation] = orientation
+    return ImageOps.exif_transpose(rgb)
 
 
 def to_8_bits(image: Image.Image) -> np.ndarray:
     """Grey of integers or floats to uint8 (H, W).
 
     White is 2**n - 1 for integers, n the smallest of BIT_DEPTHS that holds the largest value; for floats 1 if
-    none is larger, 255 if more than 1% of them are larger than 1.
-
-    Raises:
-        DatasetError: negative, infinite or NaN values, or floats of other ranges.
+    none is larger, 255 if more than 1% of them are larger than 1. DatasetError for floats of other ranges and
+    for negative, infinite or NaN values.
     """
     values = np.asarray(image)  # (H, W)
     sample_format = getattr(image, "tag_v2", {339: None}).get(339, 1)  # of a TIFF; 1 is unsigned
@@ -494,32 +464,29 @@ def read_composite(path: str | Path, image_size: int | None = 256, *,
 
 def list_composites(folder: str | Path) -> list[Path]:
     """The composites of a folder in natural order; DatasetError with the expected layout if it has none."""
-    folder = Path(folder)
-    problem = "holds no composites"
+    folder, problem = Path(folder), "holds no composites"
     if not folder.is_dir():
         problem = "is not a folder" if folder.exists() else "is missing"
     elif paths := list_images(folder):
         return paths
-    raise DatasetError(f"{folder} {problem}. {DATA_HELP}")
+    raise DatasetError(
+        f"{folder} {problem}. Expected: a folder with train/ and val/, each full of 256x512 composites "
+        "(photo left, colour-coded label right). The data set is published as pix2pix's 'cityscapes' archive "
+        "and on Kaggle as 'cityscapes-image-pairs'. Pass its folder with --data_dir, or pass --demo to train "
+        "on synthetic scenes")
 
 
 # --- Data sets ----------------------------------------------------------------------------------------------
 
 
+@dataclass
 class CompositeDataset(Dataset):
-    """Composites on disk, decoded and checked at every access; an item is a batch.
+    """Composites on disk, decoded and checked at every access; an item is a batch."""
 
-    Args:
-        paths: of the composites.
-        image_size: side S of the square that photos are resized to.
-        n_classes: ids in the labels are below this.
-        resize_labels: resize labels along with photos, to train on; else they keep their size, to score on.
-    """
-
-    def __init__(self, paths: Sequence[Path], image_size: int, n_classes: int, *,
-                 resize_labels: bool) -> None:
-        self.paths, self.image_size, self.n_classes = paths, image_size, n_classes
-        self.resize_labels = resize_labels
+    paths: Sequence[Path]
+    image_size: int  # side S of the square that photos are resized to
+    n_classes: int  # ids in the labels are below this
+    resize_labels: bool = field(kw_only=True)  # along with photos, to train on; else keep them, to score on
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -527,9 +494,14 @@ class CompositeDataset(Dataset):
     def __getitem__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | list[Tensor], list[str]]:
         """images uint8 (B, 3, S, S) in channels_last, labels as from `stack`, and the others' faults."""
         images, labels, problems = [], [], []
-        for index in indices:
+        for path in (self.paths[index] for index in indices):
             try:
-                image, label = self.read(self.paths[index])
+                image, label = read_composite(path, self.image_size, resize_label=self.resize_labels)
+                highest = int(label.max())
+                if highest >= self.n_classes:
+                    raise DatasetError(
+                        f"{path}: holds class id {highest} ({CLASSES[highest].name}), expected ids below "
+                        f"--num_classes {self.n_classes}; pass --num_classes {highest + 1}")
             except DatasetError as error:
                 problems.append(str(error))
             else:
@@ -538,76 +510,60 @@ class CompositeDataset(Dataset):
         images = np.array(images, dtype=np.uint8).reshape(-1, self.image_size, self.image_size, 3)
         return torch.from_numpy(images).permute(0, 3, 1, 2), stack(labels), problems
 
-    def read(self, path: Path) -> tuple[np.ndarray, np.ndarray]:
-        """image uint8 (S, S, 3) and label uint8 (h, w); DatasetError if anything is wrong with it."""
-        image, label = read_composite(path, self.image_size, resize_label=self.resize_labels)
-        highest = int(label.max())
-        if highest >= self.n_classes:
-            raise DatasetError(f"{path}: holds class id {highest} ({CLASSES[highest].name}), expected ids "
-                               f"below --num_classes {self.n_classes}; pass --num_classes {highest + 1}")
-        return image, label
-
 
 def stack(labels: list[Tensor]) -> Tensor | list[Tensor]:
     """Labels (h, w) as one tensor (B, h, w), or as they are where their sizes differ."""
     return torch.stack(labels) if len({label.shape for label in labels}) == 1 else labels
 
 
+@dataclass
 class Split:
-    """A process's share of train/ or val/, and what is kept of it in memory.
+    """A process's share of train/ or val/, and what is kept of it in memory."""
 
-    Attributes:
-        images: uint8 (N, 3, S, S) in channels_last, or None where they are not kept.
-        features: the encoder's five feature maps of all images, each (N, C, h, w) in channels_last, or None.
-        labels: uint8 (N, h, w), or a list of N tensors (h, w) where sizes differ; kept along with the others.
-        class_pixels: how often each class occurs, int64 (n_classes,).
-    """
-
-    def __init__(self, composites: CompositeDataset, workers: int) -> None:
-        self.composites, self.workers = composites, workers
-        self.images: Tensor | None = None
-        self.features: list[Tensor] | None = None
-        self.labels: Tensor | list[Tensor] = []
-        self.class_pixels = torch.zeros(composites.n_classes, dtype=torch.int64)
+    composites: CompositeDataset
+    workers: int  # processes that read
+    images: Tensor | None = None  # uint8 (N, 3, S, S) in channels_last
+    features: list[Tensor] | None = None  # the encoder's five maps, each (N, C, h, w) in channels_last
+    labels: Tensor | list[Tensor] | None = None  # of either, uint8 (N, h, w), or N of (h, w) if sizes differ
+    class_pixels: Tensor | None = None  # once read, how often each class occurs, int64 (n_classes,)
 
     def __len__(self) -> int:
         return len(self.composites)
 
     def read(self, keep: bool, bar: tqdm) -> list[str]:
         """Read and check every composite, count its pixels, keep it if asked; the faults, a line a file."""
-        N, S, labels, problems = len(self), self.composites.image_size, [], []
-        images = torch.empty((N * keep, 3, S, S), dtype=torch.uint8, memory_format=torch.channels_last)
+        N, S = len(self), self.composites.image_size
+        self.class_pixels = torch.zeros(self.composites.n_classes, dtype=torch.int64)
+        kept = torch.empty((N * keep, 3, S, S), dtype=torch.uint8, memory_format=torch.channels_last)
+        kept_labels, all_problems = [], []
         project_decoder()  # built before the workers fork, so that each has it
         batches = BatchSampler(range(N), READ_BATCH, drop_last=False)
         workers = self.workers if N >= MANY_FILES else 0
-        for part in DataLoader(self.composites, batch_size=None, sampler=batches, num_workers=workers):
-            for image, label in zip(*part[:2]):
+        loader = DataLoader(self.composites, batch_size=None, sampler=batches, num_workers=workers)
+        for images, labels, problems in loader:
+            for image, label in zip(images, labels):
                 self.class_pixels += torch.bincount(label.flatten(), minlength=len(self.class_pixels))
                 if keep:
-                    images[len(labels)] = image
-                    labels.append(label.clone())  # not a view of the whole part
-            problems += part[2]
-            bar.update(len(part[0]) + len(part[2]))
+                    kept[len(kept_labels)] = image
+                    kept_labels.append(label.clone())  # out of the memory shared with a worker
+            all_problems += problems
+            bar.update(len(images) + len(problems))
         if keep:
-            self.images, self.labels = images, stack(labels)
-        return problems
+            self.images, self.labels = kept, stack(kept_labels)
+        return all_problems
 
     def keep_features(self, encode: Callable, like: Sequence[Tensor], bar: tqdm) -> None:
-        """Put the encoder's features in the place of the images.
+        """Put the encoder's features in the place of the images; DatasetError if the dtype cannot hold them.
 
-        Args:
-            encode: from images to feature maps.
-            like: feature maps of the dtype and on the device to keep them in.
-        Raises:
-            DatasetError: they are too large for the dtype.
+        `encode` makes feature maps of images, `like` are some of the dtype and on the device to keep them in.
         """
         images, finite = self.images, True
         self.features = [torch.empty((len(self), *one.shape[1:]), dtype=one.dtype, device=one.device,
                                      memory_format=torch.channels_last) for one in like]
         for start in range(0, len(self), ENCODE_BATCH):
             chosen = slice(start, start + ENCODE_BATCH)
-            for kept, part in zip(self.features, encode(images[chosen])):
-                kept[chosen] = part
+            for kept, encoded in zip(self.features, encode(images[chosen])):
+                kept[chosen] = encoded
                 finite &= kept[chosen].isfinite().all()
             bar.update(len(images[chosen]))
         if not finite:
@@ -619,30 +575,27 @@ class Split:
     def batches(self, order: Iterable[Sequence[int]], device: torch.device) -> Iterator[tuple]:
         """inputs (images, or the five feature maps) and labels of each batch of indices, on the device.
 
-        Raises:
-            DatasetError: a composite that is not kept can no longer be read.
+        DatasetError if a composite that is not kept can no longer be read.
         """
-        kept = self.features or self.images
-        if kept is None:
-            loader = DataLoader(self.composites, batch_size=None, sampler=order, num_workers=self.workers,
-                                pin_memory=device.type == "cuda")
-            for images, labels, problems in loader:
-                if problems:
-                    raise DatasetError(problems[0])
-                yield move(images, device), move(labels, device)
-            return
-        for indices in order:
-            inputs = take(kept, indices) if isinstance(kept, Tensor) else [take(one, indices) for one in kept]
-            if isinstance(self.labels, Tensor):
-                labels = take(self.labels, indices)
-            else:
-                labels = [self.labels[index] for index in indices]
+        if self.features:
+            found = (([take(one, indices) for one in self.features], take(self.labels, indices), [])
+                     for indices in order)
+        elif self.images is not None:
+            found = ((take(self.images, indices), take(self.labels, indices), []) for indices in order)
+        else:
+            found = DataLoader(self.composites, batch_size=None, sampler=order, num_workers=self.workers,
+                               pin_memory=device.type == "cuda")
+        for inputs, labels, problems in found:
+            if problems:
+                raise DatasetError(problems[0])
             yield move(inputs, device), move(labels, device)
 
 
-def take(tensor: Tensor, indices: Sequence[int]) -> Tensor:
+def take(tensors: Tensor | list[Tensor], indices: Sequence[int]) -> Tensor | list[Tensor]:
     """A batch; indexing with a tensor keeps channels_last, index_select does not."""
-    return tensor[torch.as_tensor(indices, device=tensor.device)]
+    if isinstance(tensors, list):
+        return [tensors[index] for index in indices]
+    return tensors[torch.as_tensor(indices, device=tensors.device)]
 
 
 def move(tensors: Tensor | list[Tensor], device: torch.device) -> Tensor | list[Tensor]:
@@ -657,9 +610,8 @@ def move(tensors: Tensor | list[Tensor], device: torch.device) -> Tensor | list[
 def storage_options(n_bytes: float, dtype: torch.dtype, free: dict[str, float]) -> list[list[str]]:
     """Where features that take so many bytes in their dtype fit, as [device, dtype], the best place first.
 
-    Args:
-        free: bytes that may be taken on each device, the faster device first. Features in float32 may be kept
-            as float16, in half of the bytes.
+    `free` are the bytes that may be taken on each device, the faster device first. What is float32 may also
+    be kept as float16, in half of the bytes.
     """
     needed = {str(dtype).removeprefix("torch."): n_bytes}
     if dtype == torch.float32:
@@ -673,12 +625,8 @@ def storage_options(n_bytes: float, dtype: torch.dtype, free: dict[str, float]) 
 def augment(images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Mirror half of the images with their labels, and change brightness and contrast by 1 +- PHOTOMETRIC.
 
-    Args:
-        images: uint8 (B, 3, H, W).
-        labels: uint8 (B, H, W).
-        generator: on the images' device; the only source of randomness.
-    Returns:
-        images float32 (B, 3, H, W), a black pixel still 0, and labels uint8 (B, H, W).
+    Images uint8 (B, 3, H, W) become float32, a black pixel still 0; labels are uint8 (B, H, W). The
+    generator, on the images' device, is the only source of randomness.
     """
     draw = torch.rand((3, len(images), 1, 1, 1), device=images.device, generator=generator)
     mirrored = draw[0] < 0.5
@@ -692,20 +640,19 @@ def augment(images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple
 def normalize(images: Tensor) -> Tensor:
     """Images (B, 3, H, W) of 0..255, uint8 or float32, to float32 in channels_last, ImageNet-normalised."""
     mean, std = imagenet_statistics(images.device)
-    return (images - 255 * mean).div_(255 * std).contiguous(memory_format=torch.channels_last)
+    return (images - mean).div_(std).contiguous(memory_format=torch.channels_last)
 
 
 @functools.cache  # a copy to the device makes the host wait; once a run is enough
-def imagenet_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """MEAN and STD on the device, each (1, 3, 1, 1)."""
-    mean, std = torch.tensor((MEAN, STD), device=device)
-    return mean.view(1, 3, 1, 1), std.view(1, 3, 1, 1)
+def imagenet_statistics(device: torch.device) -> Tensor:
+    """MEAN and STD of 0..255 on the device, (2, 1, 3, 1, 1)."""
+    return 255 * torch.tensor((MEAN, STD), device=device).view(2, 1, 3, 1, 1)
 
 
 # --- Making composites from the original download -----------------------------------------------------------
 
 
-def make_composites(cityscapes_dir: Path, data_dir: Path, size: int = 256) -> int:
+def make_composites(cityscapes_dir: Path, data_dir: Path, size: int) -> int:
     """Composites as lossless PNG from leftImg8bit/SPLIT/CITY/*.png and gtFine/SPLIT/CITY/*_gtFine_color.png.
 
     The photo is shrunk with antialiasing, the label with nearest: every pixel keeps an official colour.
@@ -713,10 +660,9 @@ def make_composites(cityscapes_dir: Path, data_dir: Path, size: int = 256) -> in
     Returns:
         How many there are in data_dir/train and data_dir/val; those there before are counted, not made again.
     Raises:
-        DatasetError: no photos, a photo without its label, a picture that cannot be read, or composites of
-            another size in data_dir.
+        DatasetError: no photos, a picture missing or unreadable, or composites of another size in data_dir.
     """
-    photos = [(split, path) for split in ("train", "val")
+    photos = [path for split in ("train", "val")
               for path in sorted(cityscapes_dir.glob(f"leftImg8bit/{split}/*/*_leftImg8bit.png"))]
     if not photos:
         raise DatasetError(f"{cityscapes_dir} holds no leftImg8bit/train/*/*_leftImg8bit.png; unpack "
@@ -727,14 +673,13 @@ def make_composites(cityscapes_dir: Path, data_dir: Path, size: int = 256) -> in
             raise DatasetError(f"{path} has {width}x{height} pixels, and --size {size} makes "
                                f"{2 * size}x{size}; choose another --output, or remove what is there")
 
-    def make_one(entry: tuple[str, Path]) -> None:
-        split, photo_path = entry
-        frame = photo_path.name.removesuffix("_leftImg8bit.png")
-        target = data_dir / split / f"{frame}.png"
+    def make_one(photo_path: Path) -> None:
+        *_, split, city, name = photo_path.parts
+        target = data_dir / split / name.replace("_leftImg8bit", "")
         if target.exists():
             return
+        label_path = cityscapes_dir / "gtFine" / split / city / name.replace("leftImg8bit", "gtFine_color")
         photo = read_image(photo_path).resize((size, size), Image.Resampling.LANCZOS)
-        label_path = cityscapes_dir / "gtFine" / split / photo_path.parent.name / f"{frame}_gtFine_color.png"
         label = read_image(label_path).resize((size, size), Image.Resampling.NEAREST)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")

@@ -59,7 +59,8 @@ def test_composites_of_other_formats_are_read_too(tmp_path, suffix):
     composite.save(tmp_path / f"1.{suffix}", **({"lossless": True} if suffix == "webp" else {}))
     split = read(make_split(tmp_path))
     assert len(split) == 1
-    assert np.mean(split.labels[0].numpy() == dataset.decode_label(label_rgb)) > (0.9 if suffix[0] == "j" else 0.9999)
+    enough = 0.9 if suffix[0] == "j" else 0.9999
+    assert np.mean(split.labels[0].numpy() == dataset.decode_label(label_rgb)) > enough
 
 
 def test_a_raw_file_among_composites_is_named(own_scenes):
@@ -91,7 +92,8 @@ BAD_COMPOSITES = {
     "no label": (photo_twice, ["no colour-coded label", "expected 45%"]),
     "square": (lambda path: Image.new("RGB", (256, 256)).save(path), ["256x256", "twice as wide as high"]),
     "dot": (lambda path: Image.new("RGB", (1, 1)).save(path), ["1x1"]),
-    "bomb": (lambda path: Image.new("1", (30000, 15000)).save(path, "PNG"), ["450.0 megapixels", "shrink it"]),
+    "bomb": (lambda path: Image.new("1", (30000, 15000)).save(path, "PNG"),
+             ["450.0 megapixels", "shrink it"]),
     "vanished": (lambda path: (path.unlink(), path.symlink_to("nowhere.jpg")), ["check the path"]),
     "unreadable": (make_unreadable, ["nput/output error"]),
 }
@@ -166,7 +168,8 @@ def test_batches_hold_what_their_indices_say(scenes, keep):
     batches = list(split.batches([[6, 0, 3], [1]], CPU))
     assert [len(labels) for _, labels in batches] == [3, 1]
     images, labels = batches[0]
-    assert images.shape == (3, 3, 64, 64) and labels.shape == (3, 64, 64) and images.dtype == labels.dtype == torch.uint8
+    assert images.shape == (3, 3, 64, 64) and labels.shape == (3, 64, 64)
+    assert images.dtype == labels.dtype == torch.uint8
     assert images.is_contiguous(memory_format=torch.channels_last)
     image, label = dataset.read_composite(scenes / "val" / "1.jpg", 64)
     assert np.array_equal(images[1].permute(1, 2, 0), image) and np.array_equal(labels[1], label)
@@ -200,7 +203,8 @@ def test_labels_of_several_sizes_are_served_as_they_are(own_scenes, keep):
     composite.save(own_scenes / "val" / "2.jpg", quality=95)
     split = read(make_split(own_scenes / "val", resize_labels=False), keep)
     ((images, labels),) = split.batches([[0, 1]], CPU)
-    assert images.shape == (2, 3, 64, 64) and [tuple(label.shape) for label in labels] == [(256, 256), (320, 320)]
+    assert images.shape == (2, 3, 64, 64)
+    assert [tuple(label.shape) for label in labels] == [(256, 256), (320, 320)]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -212,8 +216,10 @@ def test_a_file_that_vanishes_between_epochs_is_named(own_scenes, workers):
 
 
 @pytest.mark.parametrize("n_bytes, dtype, free, options", [
-    (3.8e9, torch.float32, {"cuda": 6e9, "cpu": 20e9}, ["cuda float32", "cuda float16", "cpu float32", "cpu float16"]),
-    (3.8e9, torch.float32, {"cuda": 2e9, "cpu": 20e9}, ["cuda float16", "cpu float32", "cpu float16"]),  # a GTX 10xx
+    (3.8e9, torch.float32, {"cuda": 6e9, "cpu": 20e9},
+     ["cuda float32", "cuda float16", "cpu float32", "cpu float16"]),
+    (3.8e9, torch.float32, {"cuda": 2e9, "cpu": 20e9},  # a GTX 10xx
+     ["cuda float16", "cpu float32", "cpu float16"]),
     (3.8e9, torch.float32, {"cuda": 1e9, "cpu": 3e9}, ["cpu float16"]),
     (1.9e9, torch.bfloat16, {"cuda": 1e9, "cpu": 3e9}, ["cpu bfloat16"]),
     (1.9e9, torch.float16, {"cuda": 1e9}, []),
@@ -228,7 +234,8 @@ def test_features_are_kept_in_the_best_place_that_holds_them(n_bytes, dtype, fre
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 def test_normalize_is_imagenets(dtype):
     images = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8)
-    expected = (images / 255 - torch.tensor(dataset.MEAN).view(3, 1, 1)) / torch.tensor(dataset.STD).view(3, 1, 1)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (dataset.MEAN, dataset.STD))
+    expected = (images / 255 - mean) / std
     torch.testing.assert_close(dataset.normalize(images.to(dtype)), expected)
     assert dataset.normalize(images).is_contiguous(memory_format=torch.channels_last)
 
@@ -236,28 +243,33 @@ def test_normalize_is_imagenets(dtype):
 def test_augmentation_mirrors_photo_and_label_together():
     """With the label's id as the photo's grey level, each pixel's grey still tells its id."""
     labels = torch.randint(20, (16, 48, 64), dtype=torch.uint8)
-    images, moved = dataset.augment(labels[:, None].repeat(1, 3, 1, 1), labels, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    images, moved = dataset.augment(labels[:, None].repeat(1, 3, 1, 1), labels, generator)
     assert images.dtype == torch.float32 and moved.dtype == torch.uint8
     kept, mirrored = ((moved == way).flatten(1).all(1) for way in (labels, labels.flip(2)))
     assert (kept ^ mirrored).all() and 0 < mirrored.sum() < 16
     for image, label in zip(images[:, 0], moved):
-        assert np.corrcoef(label.flatten(), image.flatten())[0, 1] > 0.999999  # brightness and contrast are linear
+        # Brightness and contrast are linear.
+        assert np.corrcoef(label.flatten(), image.flatten())[0, 1] > 0.999999
 
 
 def test_augmentation_stays_within_its_range_and_black_stays_black():
     images = torch.full((64, 3, 8, 8), 100, dtype=torch.uint8)
     images[..., :4] = 0  # half black: contrast is round the mean, 50
-    moved, _ = dataset.augment(images, torch.zeros(64, 8, 8, dtype=torch.uint8), torch.Generator().manual_seed(0))
+    labels = torch.zeros(64, 8, 8, dtype=torch.uint8)
+    moved, _ = dataset.augment(images, labels, torch.Generator().manual_seed(0))
     levels = moved.amax(dim=(1, 2, 3))
     most = dataset.PHOTOMETRIC
-    assert (50 + 50 * (1 - most)) * (1 - most) <= levels.min() < 90 and 110 < levels.max() <= (50 + 50 * (1 + most)) * (1 + most)
-    black, _ = dataset.augment(images * 0, torch.zeros(64, 8, 8, dtype=torch.uint8), torch.Generator().manual_seed(0))
+    assert (50 + 50 * (1 - most)) * (1 - most) <= levels.min() < 90
+    assert 110 < levels.max() <= (50 + 50 * (1 + most)) * (1 + most)
+    black, _ = dataset.augment(images * 0, labels, torch.Generator().manual_seed(0))
     assert (black == 0).all()
 
 
 def test_each_image_is_augmented_on_its_own_and_repeatably():
     images, labels = make_images(), torch.zeros(8, 64, 64, dtype=torch.uint8)
-    first, again, other = (dataset.augment(images, labels, torch.Generator().manual_seed(seed))[0] for seed in (3, 3, 4))
+    first, again, other = (dataset.augment(images, labels, torch.Generator().manual_seed(seed))[0]
+                           for seed in (3, 3, 4))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert len({round(image.mean().item(), 4) for image in first}) == 8
 
@@ -274,11 +286,13 @@ def download(tmp_path):
     """leftImg8bit and gtFine as the Cityscapes archives hold them, one frame a split."""
     photo, label_rgb = draw_scene(7, 128)
     for split in ("train", "val"):
-        for kind, suffix, rgb in (("leftImg8bit", "leftImg8bit", photo), ("gtFine", "gtFine_color", label_rgb)):
+        for kind, suffix, rgb in (("leftImg8bit", "leftImg8bit", photo),
+                                  ("gtFine", "gtFine_color", label_rgb)):
             folder = tmp_path / "cityscapes" / kind / split / "aachen"
             folder.mkdir(parents=True)
             picture = Image.fromarray(rgb).resize((256, 128), Image.Resampling.NEAREST)
-            picture.convert("RGBA" if kind == "gtFine" else "RGB").save(folder / f"aachen_000000_000019_{suffix}.png")
+            picture = picture.convert("RGBA" if kind == "gtFine" else "RGB")
+            picture.save(folder / f"aachen_000000_000019_{suffix}.png")
     return tmp_path / "cityscapes"
 
 
@@ -288,7 +302,8 @@ def test_composites_from_the_original_download(download, tmp_path, capsys):
     (path,) = (tmp_path / "data" / "val").iterdir()
     _, label = dataset.read_composite(path, 64)
     small = Image.fromarray(draw_scene(7, 128)[1]).resize((256, 128), Image.Resampling.NEAREST)
-    assert np.array_equal(label, dataset.decode_label(np.asarray(small.resize((64, 64), Image.Resampling.NEAREST))))
+    smaller = np.asarray(small.resize((64, 64), Image.Resampling.NEAREST))
+    assert np.array_equal(label, dataset.decode_label(smaller))
 
 
 def test_composites_that_are_there_are_not_made_again(download, tmp_path):
