@@ -300,10 +300,10 @@ class Trainer:
         self.learning_rate = 0.0  # the decoders', in the last step
         self.figures = metrics.SegmentationMetrics(len(class_weights), runtime.device)
         self.average = copy.deepcopy(network).requires_grad_(False)
-        averages, self.averaging_rate = self.average.state_dict(), torch.tensor(0.0, device=runtime.device)
-        moving = [key for key, value in averages.items() if value.is_floating_point()
-                  and (network.finetune_encoder or not key.startswith("encoder"))]
-        self.averaged = {key: (averages[key], network.state_dict()[key]) for key in moving}
+        self.averaging_rate = torch.tensor(0.0, device=runtime.device)
+        both = zip(self.average.state_dict().items(), network.state_dict().values())
+        self.averaged = {key: (average, value) for (key, average), value in both if value.is_floating_point()
+                         and (network.finetune_encoder or not key.startswith("encoder"))}
         self.peaks, parameters = [learning_rate], [network.decoder_parameters()]
         if network.finetune_encoder:
             self.peaks.append(learning_rate * ENCODER_LEARNING_RATE)
