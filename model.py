@@ -153,9 +153,13 @@ class EfficientSegNet(nn.Module):
         return self.decode(self.encode(images))
 
 
-def fold_batch_norms(network: nn.Module) -> nn.Module:
-    """A copy of a network for evaluation, each batch norm folded into the convolution before it."""
+def fold_batch_norms(network: nn.Module, tensors: dict[str, Tensor] | None = None) -> nn.Module:
+    """A copy of a network for evaluation, each batch norm folded into the convolution before it.
+
+    `tensors` take the place of those of the same names in the copy.
+    """
     network = copy.deepcopy(network).eval().requires_grad_(False)
+    network.load_state_dict(tensors or {}, strict=False)
     for block in [module for module in network.modules() if isinstance(module, nn.Sequential)]:
         for i, (conv, norm) in enumerate(pairwise(block)):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):

@@ -280,8 +280,8 @@ class Trainer:
     """A network and all that its training changes: optimizer, loss scaler, place in the schedule, figures.
 
     Attributes:
-        average: the network to score and to use. Its weights and batch-norm statistics are averages over
-            the last tenth of the steps so far (after Shamir and Zhang, 2013, arXiv:1212.1824).
+        average: what is scored and used: weights and batch-norm statistics, by name, averaged over the last
+            tenth of the steps so far (after Shamir and Zhang, 2013, arXiv:1212.1824).
 
     Args:
         network: on the runtime's device, with its weights; the same on every rank.
@@ -299,11 +299,10 @@ class Trainer:
         self.generator: torch.Generator | None = None  # of augmentation
         self.learning_rate = 0.0  # the decoders', in the last step
         self.figures = metrics.SegmentationMetrics(len(class_weights), runtime.device)
-        self.average = copy.deepcopy(network).requires_grad_(False)
+        self.trained = {key: value for key, value in network.state_dict().items() if value.is_floating_point()
+                        and (network.finetune_encoder or not key.startswith("encoder"))}
+        self.average = {key: value.clone() for key, value in self.trained.items()}
         self.averaging_rate = torch.tensor(0.0, device=runtime.device)
-        both = zip(self.average.state_dict().items(), network.state_dict().values())
-        self.averaged = {key: (average, value) for (key, average), value in both if value.is_floating_point()
-                         and (network.finetune_encoder or not key.startswith("encoder"))}
         self.peaks, parameters = [learning_rate], [network.decoder_parameters()]
         if network.finetune_encoder:
             self.peaks.append(learning_rate * ENCODER_LEARNING_RATE)
@@ -351,8 +350,8 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        for average, value in self.averaged.values():
-            average.lerp_(value, self.averaging_rate)
+        for key, average in self.average.items():
+            average.lerp_(self.trained[key], self.averaging_rate)
         self.figures.update(predictions, labels, plain_loss)
 
     def average_gradients(self) -> None:
@@ -394,8 +393,7 @@ class Trainer:
     def state_dict(self) -> dict:
         """What last.pth keeps of it."""
         return {"model": self.network.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "average": {key: average for key, (average, _) in self.averaged.items()}}
+                "scaler": self.scaler.state_dict(), "average": self.average}
 
     def load_state_dict(self, state: dict, steps_done: int) -> None:
         """Go on from a state_dict(), at this step of this run's schedule.
@@ -403,7 +401,8 @@ class Trainer:
         KeyError, TypeError or ValueError if the state is of another kind of run.
         """
         self.network.load_state_dict(state["model"])
-        self.average.load_state_dict(state["model"] | state["average"])
+        for key, average in self.average.items():
+            average.copy_(state["average"][key])
         own = [{key: group[key] for key in ("lr", "fused", "capturable")}
                for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
@@ -633,9 +632,10 @@ def fit(trainer: Trainer, plan: Plan, splits: dict[str, Split], run: Run) -> Non
         with progress(f"Epoch {epoch}/{plan.num_epochs}", images_per_epoch, runtime) as bar:
             train = train_one_epoch(trainer, splits["train"].batches(order, runtime.device), epoch, bar)
         train_seconds = time.monotonic() - started
-        for one in (network, trainer.average):
-            share_weights(one, runtime)  # batch-norm statistics differ between ranks; rank 0's count
-        val = evaluate(models.fold_batch_norms(trainer.average), splits["val"], runtime).compute()
+        for weights in (network.state_dict(), trainer.average):
+            share_weights(weights, runtime)  # batch-norm statistics differ between ranks; rank 0's count
+        scored = models.fold_batch_norms(network, trainer.average)
+        val = evaluate(scored, splits["val"], runtime).compute()
         check_loss(val["loss"], "validation loss", epoch, trainer)
         row = {"epoch": epoch, "learning_rate": trainer.learning_rate,
                "train_loss": train["loss"], "train_dice": train["dice"],
@@ -778,14 +778,14 @@ def build_network(args: Namespace, checkpoint: dict | None, runtime: Runtime) ->
             args.encoder_weights = "none"
             network = build("none")
     network.to(runtime.device, memory_format=torch.channels_last)
-    share_weights(network, runtime)
+    share_weights(network.state_dict(), runtime)
     return network
 
 
-def share_weights(network: nn.Module, runtime: Runtime) -> None:
+def share_weights(weights: dict[str, Tensor], runtime: Runtime) -> None:
     """Give every rank rank 0's parameters and batch-norm statistics."""
     if runtime.world_size > 1:
-        for tensor in network.state_dict().values():
+        for tensor in weights.values():
             dist.broadcast(tensor, src=0)
 
 

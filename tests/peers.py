@@ -1,8 +1,8 @@
-"""Train other decoders on this repository's encoder, with its data, loss and scoring: python tests/peers.py --help
+"""Train other decoders on this repository's encoder, with its data, loss and scoring.
 
-The network is segmentation_models_pytorch's, the rest is train.py: its flags, its run folder, its --resume and
---evaluate. The library and what it needs beyond requirements.txt are installed into a folder that this script
-alone uses.
+The network is segmentation_models_pytorch's, the rest is train.py: its flags, its run folder, its --resume
+and --evaluate. The library and what it needs beyond requirements.txt are installed into a folder that this
+script alone uses.
 """
 import resource
 import subprocess
@@ -41,7 +41,7 @@ def install() -> None:
 
 
 class Peer(models.EfficientSegNet):
-    """segmentation_models_pytorch's Unet or FPN on timm's EfficientNet-B0, in two halves as EfficientSegNet is.
+    """segmentation_models_pytorch's Unet or FPN on timm's EfficientNet-B0, in two halves.
 
     The encoder's tensors are torchvision's in the same order, with the same features.
     """
