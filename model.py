@@ -283,12 +283,14 @@ def read_tensors(path: str | Path) -> dict:
 
 
 def load_strictly(module: nn.Module, state_dict: dict, what: str, expected: str) -> None:
-    """load_state_dict that ends in one line: what is missing, unexpected or of another shape."""
+    """load_state_dict that ends in one line: what is missing, unexpected, of another shape or no number."""
     own = module.state_dict()
     shapes = {key: getattr(value, "shape", None) for key, value in state_dict.items()}
     wrong = {"missing": [key for key in own if key not in shapes],
              "unexpected": [key for key in shapes if key not in own],
-             "of another shape": [key for key in own if own[key].shape != shapes.get(key, own[key].shape)]}
+             "of another shape": [key for key in own if own[key].shape != shapes.get(key, own[key].shape)],
+             "with NaN or infinite values": [key for key, value in state_dict.items()
+                                             if isinstance(value, Tensor) and not value.isfinite().all()]}
     found = [f"{len(keys)} tensors {how}, first {keys[0]}" for how, keys in wrong.items() if keys]
     if found:
         raise WeightsError(f"{what}: not {expected} ({'; '.join(found)})")

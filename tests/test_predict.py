@@ -508,10 +508,14 @@ def test_an_image_size_other_than_the_checkpoints_is_refused(photos, checkpoint,
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("gone.pth", "gone.pth"), ("text.jpg", "text.jpg"), ("other.pth", "missing")]
+    ("name", "words"),
+    [("gone.pth", "gone.pth"), ("text.jpg", "text.jpg"), ("other.pth", "missing"), ("nan.pth", "NaN")],
 )
-def test_checkpoints_that_are_none_end_in_one_line(name, words, photos, tmp_path, fails):
+def test_checkpoints_that_are_none_end_in_one_line(name, words, photos, checkpoint, tmp_path, fails):
     (tmp_path / "text.jpg").write_text("this is no checkpoint")
+    broken = torch.load(checkpoint, weights_only=True)
+    broken["model"]["out.bias"][3] = torch.nan  # its masks would be background all over
+    torch.save(broken, tmp_path / "nan.pth")
     torch.save({"out.weight": torch.zeros(20, 24, 1, 1)}, tmp_path / "other.pth")
     fails(predict.main, [photos, "--checkpoint", tmp_path / name, "--output", tmp_path / "m"], name, words)
 
