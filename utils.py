@@ -176,7 +176,8 @@ def first_line(error: Exception) -> str:
 
 def is_torchrun() -> bool:
     """Whether torchrun's whole set of variables stands; a stray RANK of a scheduler does not count."""
-    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    numbers = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    return "MASTER_ADDR" in os.environ and all(number.isdecimal() for number in numbers)
 
 
 def own_rank() -> int:

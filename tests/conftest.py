@@ -18,7 +18,9 @@ sys.path.insert(0, str(ROOT))  # the scripts lie flat in the repository's root
 # Python 3.11's fork server finds what it is to import ahead in no other way.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
+import metrics  # noqa: E402
 import train  # noqa: E402
+import utils  # noqa: E402
 from draw_demo import write_scenes  # noqa: E402
 
 # A fork server that has imported torch once starts a process in milliseconds, an interpreter in seconds.
@@ -27,15 +29,18 @@ FORKSERVER.set_forkserver_preload(["train", "predict", "pytest"])
 SMALL = ["--encoder_weights", "none", "--image_size", "64", "--device", "cpu"]  # an epoch takes a second
 
 
-def save_no_picture(figure, file, **options):
-    """In the place of Figure.savefig where pictures are not what is tested: they take half of a small run."""
-    file.write(b"picture")
+def draw_nothing(replace=setattr):
+    """Take the drawing out of runs whose pictures are not what is tested: it is half of a small run."""
+    for owner, name in ((utils, "plot_curves"), (utils, "plot_predictions"),
+                        (metrics.SegmentationMetrics, "plot")):
+        replace(owner, name, lambda *_: Figure())
+    replace(Figure, "savefig", lambda figure, file, **options: file.write(b"picture"))
 
 
 def run_in_process(main, argv, log, environment):
     """Body of a child process: the command line with its output in a file."""
     os.environ.update(environment)
-    Figure.savefig = save_no_picture
+    draw_nothing()
     with open(log, "wb", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

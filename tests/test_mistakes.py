@@ -16,7 +16,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 
 import dataset
@@ -25,19 +24,11 @@ import model as models
 import predict
 import train
 import utils
-from conftest import SMALL, run_ranks, start
+from conftest import SMALL, draw_nothing, run_ranks, start
 from draw_demo import draw_scene, write_scenes
 
 CHECKPOINTS = [("--evaluate", "best.pth"), ("--resume", "best.pth"), ("--resume", "last.pth")]
 DIVERGING = ["--learning_rate", "1e30"]  # the first step makes the weights infinite
-
-
-def draw_nothing(replace=setattr):
-    """Pictures, which other files test, would take half of the time."""
-    for owner, name in ((utils, "plot_curves"), (utils, "plot_predictions"),
-                        (metrics.SegmentationMetrics, "plot")):
-        replace(owner, name, lambda *_: Figure())
-    replace(Figure, "savefig", lambda self, file, **options: file.write(b"picture"))
 
 
 @pytest.fixture(autouse=True)
@@ -732,14 +723,9 @@ def test_the_file_to_remove_is_named(run, tiny, fails):
     train.main(arguments(tiny, run))
 
 
-def without_pictures(argv):
-    draw_nothing()
-    train.main(argv)
-
-
 def test_of_two_runs_started_at_once_in_one_folder_one_wins(tiny, tmp_path):
     logs = {seed: tmp_path / f"log{seed}" for seed in (1, 2)}
-    processes = [start(without_pictures, arguments(tiny, tmp_path / "run", "--seed", seed), log)
+    processes = [start(train.main, arguments(tiny, tmp_path / "run", "--seed", seed), log)
                  for seed, log in logs.items()]
     for process in processes:
         process.join(60)

@@ -17,14 +17,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from PIL import Image
 
 import dataset
 import model as models
 import train
 import utils
-from conftest import ROOT, SMALL, free_port, run_ranks, save_no_picture, start
+from conftest import ROOT, SMALL, draw_nothing, free_port, run_ranks, start
 from predict import Segmenter
 from predict import main as predict
 from utils import Runtime
@@ -56,7 +55,7 @@ def same_weights(a, b):
 @pytest.fixture(autouse=True)
 def without_pictures(run_dir, monkeypatch):
     """Those of run_dir are drawn and looked at."""
-    monkeypatch.setattr(Figure, "savefig", save_no_picture)
+    draw_nothing(monkeypatch.setattr)
 
 
 def rows_of(run):
@@ -713,6 +712,7 @@ def test_a_rank_that_dies_takes_the_job_down_and_the_run_resumes(scenes, tmp_pat
 
 @pytest.mark.parametrize("variables", [
     {"WORLD_SIZE": "4"}, {"RANK": "3"}, {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "1"},
+    {"WORLD_SIZE": "", "RANK": "x", "MASTER_ADDR": "here", "MASTER_PORT": ""},
 ])
 def test_stray_variables_of_a_scheduler_are_no_processes(scenes, run_dir, tmp_path, variables):
     log = tmp_path / "log"
