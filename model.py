@@ -66,8 +66,7 @@ def upsample_and_convolve(x: Tensor, upsampler: nn.ConvTranspose2d, conv: nn.Con
 class DepthwiseConv2d(nn.Conv2d):
     """A convolution that a CPU's bf16 autocast leaves in float32.
 
-    oneDNN's backward pass in bf16 is up to 20 times slower; a fine-tuning step takes 1.3 times as long with
-    it.
+    oneDNN's backward pass in bf16 is up to 20 times slower, and a fine-tuning step 1.3 times as long.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -495,7 +495,9 @@ def claimed_folder(args: Namespace, config: dict) -> Iterator[Path]:
         folder = utils.make_new_dir(Path("runs", datetime.now().strftime("%Y-%m-%d_%H-%M-%S")))
     if folder.resolve() in [(args.data_dir / name).resolve() for name in ("train", "val")]:
         raise UserError(f"--output_dir {folder}: the composites lie there; choose another folder")
-    with utils.locked_dir(folder, "--output_dir") as locked:
+    with utils.locked_dir(folder, "--output_dir") as locked, contextlib.ExitStack() as at_end:
+        if made:
+            at_end.callback(utils.remove_if_empty, folder)
         present = [name for name in RUN_FILES if (folder / name).exists()]
         goes_on = folder.resolve() == own
         abandoned = False  # alone, its config.json was left by a run killed before its first epoch's end
@@ -520,9 +522,6 @@ def claimed_folder(args: Namespace, config: dict) -> Iterator[Path]:
         finally:
             if not goes_on and not (folder / "last.pth").exists():
                 utils.remove(folder / name for name in RUN_FILES)
-                if made:
-                    with contextlib.suppress(OSError):
-                        folder.rmdir()
 
 
 def as_json(content: dict) -> bytes:
@@ -727,8 +726,7 @@ def format_epoch(row: dict, num_epochs: int, is_best: bool) -> str:
 
 def report_best(trainer: Trainer, val: Split, run: Run) -> None:
     """Score the best epoch, print its table per class, and draw how it does; all ranks take part."""
-    trainer.network.load_state_dict(run.best["model"])
-    network = models.fold_batch_norms(trainer.network)
+    network = models.fold_batch_norms(trainer.network, run.best["model"])
     totals = evaluate(network, val, trainer.runtime)
     if trainer.runtime.rank > 0:
         return

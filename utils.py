@@ -415,6 +415,12 @@ def remove(paths: Iterable[Path]) -> None:
             path.unlink(missing_ok=True)
 
 
+def remove_if_empty(folder: Path) -> None:
+    """Delete a folder that holds nothing; any other stays."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
 def write_checkpoint(path: str | Path, checkpoint: dict) -> None:
     """A dict of tensors and plain types, for torch.load(weights_only=True). UserError as in write_file."""
     buffer = io.BytesIO()

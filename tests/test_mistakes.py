@@ -1096,6 +1096,13 @@ def test_a_new_folder_that_cannot_be_written_ends_in_advice_that_fits(number, ad
     assert contents(tmp_path) == {}
 
 
+def test_a_new_folder_without_room_for_its_config_is_gone_again(tiny, tmp_path, fails, monkeypatch):
+    for name in ("link", "replace"):
+        monkeypatch.setattr(os, name, refuse(errno.ENOSPC, only="config.json"))
+    fails(train.main, arguments(tiny, tmp_path / "run"), "config.json could not be written", "free some space")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS], ids=errno.errorcode.get)
 def test_a_file_system_without_fsync_is_fine(number, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", refuse(number))
