@@ -536,7 +536,7 @@ class Run:
         self.history: list[dict] = []
         self.best = {"model": {}, "epoch": 0, "best_dice": -1.0, "config": config}  # as best.pth holds it
 
-    def restore(self, checkpoint: dict) -> None:
+    def restore(self, checkpoint: dict, path: Path) -> None:
         """Take over what a last.pth says of the epochs before. UserError if no best epoch can come of it."""
         self.history, best = checkpoint["history"], checkpoint["best"]
         measure = ("scored_on", "class_names", "class_colors", "void_colors", "image_size")
@@ -545,8 +545,8 @@ class Run:
                           "epoch": best["epoch"], "best_dice": checkpoint["best_dice"]}
             self.write(utils.write_checkpoint, "best.pth", self.best)
         elif checkpoint["epoch"] >= self.config["settings"]["num_epochs"]:
-            raise UserError(f"--resume: the run has finished its {checkpoint['epoch']} epochs, and was "
-                            "scored on other data; pass more --num_epochs, or its --data_dir")
+            raise UserError(f"--resume {path}: the run has finished its {checkpoint['epoch']} epochs, and "
+                            "was scored on other data; pass more --num_epochs, or its --data_dir")
         else:
             self.runtime.log("Resume      what scores are measured on has changed: "
                              "the best epoch is sought anew")
@@ -813,7 +813,7 @@ def train_network(network: models.EfficientSegNet, run: Run, checkpoint: dict | 
             raise UserError(f"--resume {args.resume}: its optimizer does not fit this run ({error}); leave "
                             "the recipe's flags out, --finetune_encoder above all, or pass a best.pth to "
                             "start anew") from error
-        run.restore(checkpoint)
+        run.restore(checkpoint, args.resume)
         earlier = checkpoint["config"]["features"]
     if splits["train"].images is not None and not args.finetune_encoder:
         run.config["features"] = keep_features(trainer, splits, plan.batch_size, earlier)
