@@ -41,8 +41,7 @@ EVALUATION_FLAGS = {"evaluate", "data_dir", "demo", "num_classes", "image_size",
                     "amp", "flip"}
 WEIGHT_DECAY = 0.01  # AdamW's default
 ENCODER_LEARNING_RATE = 0.3  # of the decoders', for --finetune_encoder: its features are good already
-CLASS_WEIGHT_POWER = -0.2  # frozen: a pixel counts as its class's share to this power, for the rare ones
-FINETUNE_BACKGROUND_WEIGHT = 0.25  # a fine-tuned network calls too many hard pixels background
+CLASS_WEIGHT_POWER = -0.2  # a pixel counts as its class's share to this power, for the rare ones
 WARMUP = 0.05  # of all steps: fresh decoders behind trained features get large, useless gradients at first
 FINAL_LEARNING_RATE = 0.01  # of the peak
 AVERAGED = 0.1  # share of the steps so far: batch-norm statistics of the last few steps alone are noise
@@ -787,12 +786,8 @@ def share_weights(weights: dict[str, Tensor], runtime: Runtime) -> None:
             dist.broadcast(tensor, src=0)
 
 
-def build_class_weights(class_pixels: Tensor, finetune_encoder: bool) -> Tensor:
+def build_class_weights(class_pixels: Tensor) -> Tensor:
     """What a pixel of each class counts in the training loss, float32 (n_classes,)."""
-    if finetune_encoder:
-        weights = torch.ones(len(class_pixels))
-        weights[metrics.BACKGROUND] = FINETUNE_BACKGROUND_WEIGHT
-        return weights
     weights = class_pixels.clip(min=1).double() ** CLASS_WEIGHT_POWER
     return (weights * class_pixels.sum() / (weights * class_pixels).sum()).float()  # 1 on average over pixels
 
@@ -803,7 +798,7 @@ def train_network(network: models.EfficientSegNet, run: Run, checkpoint: dict | 
     runtime = run.runtime
     splits = load_splits(("train", "val"), args, runtime)
     plan = Plan.make(args, sum(runtime.gather(len(splits["train"]))), runtime)
-    class_weights = build_class_weights(splits["train"].class_pixels, args.finetune_encoder)
+    class_weights = build_class_weights(splits["train"].class_pixels)
     trainer = Trainer(network, class_weights, args.learning_rate, plan.num_epochs * plan.steps, runtime)
     earlier = None
     if args.continues:

@@ -225,7 +225,7 @@ class Setup:
 
     def trainer(self) -> train.Trainer:
         """A new one for the same network, as one takes batches of one size."""
-        weights = train.build_class_weights(self.splits["train"].class_pixels, self.args.finetune_encoder)
+        weights = train.build_class_weights(self.splits["train"].class_pixels)
         return train.Trainer(self.network, weights, self.args.learning_rate, 10**6, self.runtime)
 
     def batches(self, batch_size: int, n_images: int) -> Iterator[tuple]:

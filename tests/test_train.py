@@ -353,16 +353,11 @@ def test_trainer_state_goes_on_where_it_was():
         assert torch.equal(left, right)
 
 
-def test_with_a_frozen_encoder_rare_classes_count_more():
-    class_weights = train.build_class_weights(torch.tensor([900, 100, 0]), finetune_encoder=False)
+def test_rare_classes_count_more():
+    class_weights = train.build_class_weights(torch.tensor([900, 100, 0]))
     often, seldom, never = class_weights.tolist()
     assert seldom / often == pytest.approx(9 ** -train.CLASS_WEIGHT_POWER) and math.isfinite(never)
     assert 0.9 * often + 0.1 * seldom == pytest.approx(1)  # the mean over the pixels
-
-
-def test_finetuning_counts_background_less():
-    class_weights = train.build_class_weights(torch.arange(1, 21), finetune_encoder=True)
-    assert class_weights.tolist() == [train.FINETUNE_BACKGROUND_WEIGHT] + [1] * 19
 
 
 def test_compile_decodes_alike_where_there_is_a_compiler():
