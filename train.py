@@ -43,8 +43,7 @@ WEIGHT_DECAY = 0.01  # AdamW's default
 ENCODER_LEARNING_RATE = 0.3  # of the decoders', for --finetune_encoder: its features are good already
 CLASS_WEIGHT_POWER = -0.2  # a pixel counts as its class's share to this power, for the rare ones
 WARMUP = 0.05  # of all steps: fresh decoders behind trained features get large, useless gradients at first
-FINAL_LEARNING_RATE = 0.01  # of the peak
-AVERAGED = 0.1  # share of the steps so far: batch-norm statistics of the last few steps alone are noise
+AVERAGED = 0.3  # share of the steps so far: the average settles, so the learning rate need not fall
 EVALUATION_BATCH = {"cpu": 4, "cuda": 16, "mps": 16}  # larger ones leave a CPU's caches
 PREDICTION_SAMPLES = 4  # rows of predictions.png
 BAR_SECONDS = 1.0  # how often the host waits for the device to show loss and dice
@@ -78,7 +77,7 @@ def get_args_parser() -> utils.ArgumentParser:
     add("--batch_size", type=utils.whole_number(1), default=4, metavar="N",
         help="images a step in each process, %(default)s if left out")
     add("--learning_rate", type=utils.positive_float, default=3e-3, metavar="RATE",
-        help=f"AdamW's peak, %(default)s if left out; a cosine ends at {FINAL_LEARNING_RATE:.0%}% of it")
+        help=f"AdamW's, reached after {WARMUP:.0%}% of the steps and then kept, %(default)s if left out")
     n_classes = len(dataset.CLASSES)
     add("--num_classes", type=utils.whole_number(2, n_classes), default=n_classes, metavar="N",
         help="ids in the labels are below this, at most and if left out %(default)s")
@@ -264,15 +263,12 @@ def keep_features(trainer: "Trainer", splits: dict[str, Split], batch_size: int,
 
 
 def learning_rate_factor(progress: float) -> float:
-    """The learning rate in peaks, from the share of all steps that is done with this one, in 0..1.
+    """The learning rate as a share of --learning_rate, from the share of all steps done with this one, 0..1.
 
-    It rises over the first WARMUP of the steps and then follows half a cosine down to FINAL_LEARNING_RATE: a
-    short run gains most from its low end, and needs no patience or milestones to tune.
+    It rises over the first WARMUP of the steps and stays: what is scored is an average of weights, and needs
+    no low rate at the end to settle (after Izmailov et al., 2018, arXiv:1803.05407).
     """
-    if progress < WARMUP:
-        return progress / WARMUP
-    cosine = 0.5 + 0.5 * math.cos(math.pi * (progress - WARMUP) / (1 - WARMUP))
-    return FINAL_LEARNING_RATE + (1 - FINAL_LEARNING_RATE) * cosine
+    return min(progress / WARMUP, 1.0)
 
 
 class Trainer:
@@ -280,12 +276,12 @@ class Trainer:
 
     Attributes:
         average: what is scored and used: weights and batch-norm statistics, by name, averaged over the last
-            tenth of the steps so far (after Shamir and Zhang, 2013, arXiv:1212.1824).
+            AVERAGED of the steps so far (after Shamir and Zhang, 2013, arXiv:1212.1824).
 
     Args:
         network: on the runtime's device, with its weights; the same on every rank.
         class_weights: float32 (n_classes,), what a pixel of each class counts in the loss.
-        learning_rate: the decoders' peak.
+        learning_rate: the decoders', once warm.
         n_steps: of the whole run.
     """
 
