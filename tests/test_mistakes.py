@@ -969,8 +969,8 @@ def test_a_report_on_other_data_without_a_new_epoch_does_not_invent_a_best(run, 
     (run / "per_class.csv").unlink()
     one_more(own_tiny)
     before = (run / "best.pth").read_bytes()
-    fails(train.main, ["--resume", run / "last.pth", "--data_dir", own_tiny], "last.pth: the run has finished",
-          "other data", "--num_epochs")
+    argv = ["--resume", run / "last.pth", "--data_dir", own_tiny]
+    fails(train.main, argv, "last.pth: the run has finished", "other data", "--num_epochs")
     assert (run / "best.pth").read_bytes() == before
 
 
@@ -1096,7 +1096,8 @@ def test_a_new_folder_that_cannot_be_written_ends_in_advice_that_fits(number, ad
 def test_a_new_folder_without_room_for_its_config_is_gone_again(tiny, tmp_path, fails, monkeypatch):
     for name in ("link", "replace"):
         monkeypatch.setattr(os, name, refuse(errno.ENOSPC, only="config.json"))
-    fails(train.main, arguments(tiny, tmp_path / "run"), "config.json could not be written", "free some space")
+    argv = arguments(tiny, tmp_path / "run")
+    fails(train.main, argv, "config.json could not be written", "free some space")
     assert not (tmp_path / "run").exists()
 
 
