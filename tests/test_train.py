@@ -239,6 +239,7 @@ def test_without_network_only_the_demo_goes_on(scenes, tmp_path, monkeypatch, fa
     (0, 0),
     (train.WARMUP / 2, 0.5),
     (train.WARMUP, 1),
+    ((1 + train.WARMUP) / 2, 1),
     (1, 1),
 ])
 def test_the_learning_rate_is_a_function_of_progress(progress, factor):
