@@ -58,7 +58,7 @@ EXAMPLES = """examples:
   python train.py --demo                                        synthetic scenes, no download
   python train.py --data_dir data/cityscapes_data               the defaults on the real composites
   python train.py --resume runs/x/last.pth                      go on after an interruption, flags as before
-  python train.py --resume runs/x/last.pth --num_epochs 20      go on for longer
+  python train.py --resume runs/x/last.pth --num_epochs 60      go on for longer
   python train.py --resume runs/x/best.pth --finetune_encoder   a new run from these weights
   python train.py --evaluate runs/x/best.pth                    score a checkpoint on val/
   torchrun --nproc_per_node=8 train.py --batch_size 4           eight GPUs, 32 images a step"""
@@ -72,7 +72,7 @@ def get_args_parser() -> utils.ArgumentParser:
                       help="holds train/ and val/ with composites, %(default)s if left out")
     data.add_argument("--demo", action="store_true", help="the synthetic street scenes in images/demo")
     add = recipe.add_argument
-    add("--num_epochs", type=utils.whole_number(1), default=15, metavar="N",
+    add("--num_epochs", type=utils.whole_number(1), default=30, metavar="N",
         help="passes over train/, %(default)s if left out")
     add("--batch_size", type=utils.whole_number(1), default=4, metavar="N",
         help="images a step in each process, %(default)s if left out")
