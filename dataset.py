@@ -708,6 +708,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{make_composites(args.cityscapes_dir, args.output, args.size)} composites in {args.output}")
     except (DatasetError, OSError) as error:
         parser.exit(1, f"dataset.py: error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "\nstopped by SIGINT; composites made so far are whole, the same command goes on\n")
 
 
 if __name__ == "__main__":

@@ -279,7 +279,8 @@ def describe_shares(predictions: np.ndarray, names: Sequence[str]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; SystemExit with status 1 and one line on stderr for what a user can put right."""
-    with utils.user_errors(dataset.DatasetError, models.WeightsError):
+    remedy = "masks written so far are whole; the same command starts again"
+    with utils.user_errors(dataset.DatasetError, models.WeightsError), utils.stoppable(remedy):
         args = get_args_parser().parse_args(argv)
         photos = find_photos(args.photos)
         masks = plan_masks(photos, args.output)

@@ -146,8 +146,8 @@ def progress_bar(*args, disable: bool = False, **options) -> tqdm:
 
 
 @contextlib.contextmanager
-def stoppable() -> Iterator[None]:
-    """End at Ctrl-C or SIGTERM with the usual exit status and one line, which holds the interrupt's notes."""
+def stoppable(remedy: str = "nothing was finished, so start again") -> Iterator[None]:
+    """End at Ctrl-C or SIGTERM with the usual exit status and one line: the interrupt's notes or the remedy."""
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt(number)
 
@@ -157,9 +157,9 @@ def stoppable() -> Iterator[None]:
         yield
     except KeyboardInterrupt as interrupt:
         number = interrupt.args[0] if interrupt.args else signal.SIGINT
-        remedy = "; ".join(getattr(interrupt, "__notes__", ["nothing was finished, so start again"]))
+        notes = "; ".join(getattr(interrupt, "__notes__", [remedy]))
         if own_rank() == 0:
-            say(f"\nstopped by {signal.Signals(number).name}; {remedy}", "stderr")
+            say(f"\nstopped by {signal.Signals(number).name}; {notes}", "stderr")
         raise SystemExit(128 + number) from interrupt
     finally:
         if in_main_thread:

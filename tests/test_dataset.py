@@ -314,6 +314,21 @@ def test_composites_that_are_there_are_not_made_again(download, tmp_path):
     assert path.stat().st_mtime_ns == made
 
 
+def test_stopping_keeps_the_composites_so_far(download, tmp_path, monkeypatch, fails):
+    def stop(path):
+        if "val" in path.parts:
+            raise KeyboardInterrupt
+        return Image.open(path).convert("RGB")
+
+    argv = [download, "--output", tmp_path / "data", "--size", 64]
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "read_image", stop)
+        fails(dataset.main, argv, "stopped by SIGINT", "the same command goes on", status=130)
+    assert [path.parent.name for path in (tmp_path / "data").rglob("*.*")] == ["train"]
+    dataset.main([str(argument) for argument in argv])
+    assert len(list((tmp_path / "data").rglob("*.png"))) == 2
+
+
 def test_a_missing_half_of_the_download_is_named(download, capsys):
     shutil.rmtree(download / "leftImg8bit")
     with pytest.raises(SystemExit) as end:
