@@ -147,7 +147,7 @@ def progress_bar(*args, disable: bool = False, **options) -> tqdm:
 
 @contextlib.contextmanager
 def stoppable(remedy: str = "nothing was finished, so start again") -> Iterator[None]:
-    """End at Ctrl-C or SIGTERM with the usual exit status and one line: the interrupt's notes or the remedy."""
+    """End at Ctrl-C or SIGTERM with the usual exit status and a line: the interrupt's notes or the remedy."""
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt(number)
 

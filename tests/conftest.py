@@ -3,6 +3,7 @@ import io
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -93,6 +94,16 @@ def run_dir(scenes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "finished"
     train.main(["--data_dir", str(scenes), "--output_dir", str(folder), "--num_epochs", "2", *SMALL])
     return folder
+
+
+@pytest.fixture
+def heeding_signals():
+    """SIGINT interrupts even in a shell's background job, which ignores it, and SIGTERM kills no tests."""
+    previous = {number: signal.signal(number, signal.default_int_handler)
+                for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in previous.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -850,6 +850,7 @@ def test_a_loss_that_is_no_number_later_keeps_the_checkpoints_and_says_so(run, f
     assert load(run / "last.pth")["epoch"] == load(run / "best.pth")["epoch"] == 1
 
 
+@pytest.mark.usefixtures("heeding_signals")
 @pytest.mark.parametrize("moment, signal_number", [
     ("load_splits", signal.SIGTERM), ("load_splits", signal.SIGINT), ("keep_features", signal.SIGINT),
     ("train_one_epoch", signal.SIGINT), ("evaluate", signal.SIGINT),
@@ -860,12 +861,8 @@ def test_stopping_a_new_run_before_its_first_epoch(moment, signal_number, tiny, 
         raise AssertionError("the signal was lost")
 
     monkeypatch.setattr(train, moment, stop)
-    previous = signal.signal(signal_number, signal.default_int_handler)  # a background job ignores SIGINT
-    try:
-        words = [f"stopped by {signal_number.name}", "start again"]
-        fails(train.main, arguments(tiny, tmp_path / "run"), *words, status=128 + signal_number)
-    finally:
-        signal.signal(signal_number, previous)
+    words = [f"stopped by {signal_number.name}", "start again"]
+    fails(train.main, arguments(tiny, tmp_path / "run"), *words, status=128 + signal_number)
     assert not (tmp_path / "run").exists()
 
 

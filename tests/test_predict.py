@@ -349,6 +349,7 @@ def test_a_folder_in_a_folder_out_in_batches_in_natural_order(photo, run, tmp_pa
     ]
 
 
+@pytest.mark.usefixtures("heeding_signals")
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 def test_stopping_in_the_middle_keeps_the_masks_so_far(signal_number, photos, checkpoint, tmp_path,
                                                        monkeypatch, fails):
@@ -360,13 +361,9 @@ def test_stopping_in_the_middle_keeps_the_masks_so_far(signal_number, photos, ch
         write(path, image)
 
     monkeypatch.setattr(predict, "write_own", stop_at_the_second)
-    previous = signal.signal(signal_number, signal.default_int_handler)  # a background job ignores SIGINT
-    try:
-        argv = [photos, "--output", tmp_path / "masks", "--checkpoint", checkpoint, "--device", "cpu"]
-        words = [f"stopped by {signal_number.name}", "are whole", "the same command"]
-        fails(predict.main, argv, *words, status=128 + signal_number)
-    finally:
-        signal.signal(signal_number, previous)
+    argv = [photos, "--output", tmp_path / "masks", "--checkpoint", checkpoint, "--device", "cpu"]
+    words = [f"stopped by {signal_number.name}", "are whole", "the same command"]
+    fails(predict.main, argv, *words, status=128 + signal_number)
     assert set(content(tmp_path / "masks")) == {"0.png"}
 
 
