@@ -4,7 +4,6 @@ The encoder is torchvision's efficientnet_b0 (Tan and Le, 2019, arXiv:1905.11946
 resolution with a transposed convolution and adds the encoder's features of the next finer stage, after SegNet
 (Badrinarayanan et al., 2015, arXiv:1511.00561) and U-Net (Ronneberger et al., 2015, arXiv:1505.04597).
 """
-import copy
 import pickle
 import zipfile
 from collections.abc import Sequence
@@ -18,7 +17,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models import EfficientNet_B0_Weights, efficientnet_b0
 
 UPSAMPLER_GAIN = 10  # fresh upsamplers put out a twentieth of what a trained encoder's skip features hold
-ENCODERS = ("encoder1", "encoder2", "encoder3", "encoder4", "encoder5")
 
 
 class WeightsError(Exception):
@@ -120,10 +118,13 @@ class EfficientSegNet(nn.Module):
     def decoder_parameters(self) -> list[nn.Parameter]:
         return [parameter for name, parameter in self.named_parameters() if not name.startswith("encoder")]
 
+    def encoder_stages(self) -> list[nn.Module]:
+        return [self.encoder1, self.encoder2, self.encoder3, self.encoder4, self.encoder5]
+
     def train(self, mode: bool = True) -> "EfficientSegNet":
         super().train(mode)
-        for name in ENCODERS:
-            getattr(self, name).eval()
+        for stage in self.encoder_stages():
+            stage.eval()
         return self
 
     def encode(self, images: Tensor) -> list[Tensor]:
@@ -133,8 +134,8 @@ class EfficientSegNet(nn.Module):
         (B, 1280, H/32, W/32), outside autograd unless the encoder is fine-tuned.
         """
         features = [images if self.finetune_encoder else images.detach()]
-        for name in ENCODERS:
-            features.append(getattr(self, name)(features[-1]))
+        for stage in self.encoder_stages():
+            features.append(stage(features[-1]))
         return features[1:]
 
     def decode(self, features: Sequence[Tensor]) -> Tensor:
@@ -152,13 +153,9 @@ class EfficientSegNet(nn.Module):
         return self.decode(self.encode(images))
 
 
-def fold_batch_norms(network: nn.Module, tensors: dict[str, Tensor] | None = None) -> nn.Module:
-    """A copy of a network for evaluation, each batch norm folded into the convolution before it.
-
-    `tensors` take the place of those of the same names in the copy.
-    """
-    network = copy.deepcopy(network).eval().requires_grad_(False)
-    network.load_state_dict(tensors or {}, strict=False)
+def fold_batch_norms(network: EfficientSegNet) -> EfficientSegNet:
+    """Fold each batch norm into the convolution before it, in place: the network is for evaluation then."""
+    network.eval().requires_grad_(False)
     for block in [module for module in network.modules() if isinstance(module, nn.Sequential)]:
         for i, (conv, norm) in enumerate(pairwise(block)):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):

@@ -289,7 +289,7 @@ class Trainer:
                  n_steps: int, runtime: Runtime) -> None:
         self.network, self.runtime, self.n_steps, self.steps_done = network, runtime, n_steps, 0
         self.class_weights = class_weights.to(runtime.device)
-        self.encoder = network if network.finetune_encoder else models.fold_batch_norms(network)
+        self.encoder = network if network.finetune_encoder else models.fold_batch_norms(copy.deepcopy(network))
         self.decode = network.decode
         self.generator: torch.Generator | None = None  # of augmentation
         self.learning_rate = 0.0  # the decoders', in the last step
@@ -348,6 +348,14 @@ class Trainer:
         for key, average in self.average.items():
             average.lerp_(self.trained[key], self.averaging_rate)
         self.figures.update(predictions, labels, plain_loss)
+
+    def fold(self, tensors: dict[str, Tensor]) -> models.EfficientSegNet:
+        """A copy of the network for evaluation, with these in place of what is trained."""
+        stages = [] if self.network.finetune_encoder else self.network.encoder_stages()
+        folded = {id(ours): theirs for ours, theirs in zip(stages, self.encoder.encoder_stages())}
+        network = copy.deepcopy(self.network, folded)  # takes over a frozen encoder's stages, folded once
+        network.load_state_dict({key: tensors[key] for key in self.trained}, strict=False)
+        return models.fold_batch_norms(network)
 
     def average_gradients(self) -> None:
         """Over all ranks, in one exchange."""
@@ -628,8 +636,7 @@ def fit(trainer: Trainer, plan: Plan, splits: dict[str, Split], run: Run) -> Non
         train_seconds = time.monotonic() - started
         for weights in (network.state_dict(), trainer.average):
             share_weights(weights, runtime)  # batch-norm statistics differ between ranks; rank 0's count
-        scored = models.fold_batch_norms(network, trainer.average)
-        val = evaluate(scored, splits["val"], runtime).compute()
+        val = evaluate(trainer.fold(trainer.average), splits["val"], runtime).compute()
         check_loss(val["loss"], "validation loss", epoch, trainer)
         row = {"epoch": epoch, "learning_rate": trainer.learning_rate,
                "train_loss": train["loss"], "train_dice": train["dice"],
@@ -721,7 +728,7 @@ def format_epoch(row: dict, num_epochs: int, is_best: bool) -> str:
 
 def report_best(trainer: Trainer, val: Split, run: Run) -> None:
     """Score the best epoch, print its table per class, and draw how it does; all ranks take part."""
-    network = models.fold_batch_norms(trainer.network, run.best["model"])
+    network = trainer.fold(run.best["model"])
     totals = evaluate(network, val, trainer.runtime)
     if trainer.runtime.rank > 0:
         return

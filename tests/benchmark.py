@@ -6,6 +6,7 @@ weights are random; neither changes how long a step takes.
 """
 import argparse
 import contextlib
+import copy
 import csv
 import importlib.util
 import io
@@ -263,7 +264,7 @@ class Setup:
     @cached_property
     def folded(self) -> nn.Module:
         """Made by the first validation, unmeasured: beside few composites it would seem to take long."""
-        return models.fold_batch_norms(self.network)
+        return models.fold_batch_norms(copy.deepcopy(self.network))
 
     def validate(self) -> int:
         train.evaluate(self.folded, self.splits["val"], self.runtime).compute()

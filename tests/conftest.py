@@ -27,6 +27,7 @@ from draw_demo import write_scenes  # noqa: E402
 # A fork server that has imported torch once starts a process in milliseconds, an interpreter in seconds.
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["train", "predict", "pytest"])
+HEIGHT = 128  # of composites: less to read and to score than 256
 SMALL = ["--encoder_weights", "none", "--image_size", "64", "--device", "cpu"]  # an epoch takes a second
 
 
@@ -78,7 +79,7 @@ def run_ranks(main, argv, n_ranks, folder, seconds=180):
 def scenes(tmp_path_factory):
     """A data folder with 8 training and 7 validation composites of synthetic scenes. Not to be changed."""
     folder = tmp_path_factory.mktemp("scenes")
-    write_scenes(folder, {"train": 8, "val": 7})
+    write_scenes(folder, {"train": 8, "val": 7}, HEIGHT)
     return folder
 
 

@@ -17,7 +17,6 @@ from dataset import CLASSES, VOID_COLORS  # noqa: E402
 
 LABEL_COLORS = {entry.name: entry.color for entry in CLASSES} | VOID_COLORS
 DEMO_SPLITS = {"train": 40, "val": 8}  # 48 composites of 256x512 take less than 2 MB
-COMPOSITE_HEIGHT = 256
 EYE = 1.7  # metres that the camera stands high
 FOCAL = 0.9  # widths of the picture that its focal length is long
 HORIZON = 0.45  # heights of the picture, from its top
@@ -314,13 +313,13 @@ def write_composite(path: str | Path, photo: np.ndarray, label_rgb: np.ndarray) 
     Image.fromarray(np.concatenate([photo, label_rgb], axis=1)).save(path, quality=95)  # which PNG ignores
 
 
-def write_scenes(folder: str | Path, splits: dict[str, int]) -> None:
-    """So many composites of 256x512 for each split, as folder/SPLIT/1.jpg and so on, each of another seed."""
+def write_scenes(folder: str | Path, splits: dict[str, int], height: int = 256) -> None:
+    """So many composites for each split, as folder/SPLIT/1.jpg and so on, each of another seed."""
     paths = [Path(folder, split, f"{i}.jpg") for split, count in splits.items() for i in range(1, count + 1)]
-    side = (COMPOSITE_HEIGHT, COMPOSITE_HEIGHT)
+    side = (height, height)
 
     def write_one(seed: int) -> None:
-        photo, label_rgb = map(Image.fromarray, draw_scene(seed))
+        photo, label_rgb = map(Image.fromarray, draw_scene(seed, 4 * height))
         photo = photo.resize(side, Image.Resampling.BOX)  # drawn larger: shrinking smooths it as a lens does
         label_rgb = label_rgb.resize(side, Image.Resampling.NEAREST)  # every pixel keeps an official colour
         write_composite(paths[seed], np.asarray(photo), np.asarray(label_rgb))

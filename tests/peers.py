@@ -63,10 +63,8 @@ class Peer(models.EfficientSegNet):
             parameter.requires_grad_(finetune_encoder)
         check_features(self.train(), features)
 
-    def train(self, mode: bool = True) -> "Peer":
-        nn.Module.train(self, mode)
-        self.encoder.eval()
-        return self
+    def encoder_stages(self) -> list[nn.Module]:
+        return [self.encoder]
 
     def encode(self, images: Tensor) -> list[Tensor]:
         """Images (B, 3, H, W) to maps of 1/2 to 1/32 of their size."""

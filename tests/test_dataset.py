@@ -10,6 +10,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 import dataset
+from conftest import HEIGHT
 from dataset import CompositeDataset, DatasetError, Split
 from draw_demo import draw_scene, write_composite
 
@@ -31,25 +32,25 @@ def read(split, keep=True):
 
 
 def test_photo_and_label_are_the_two_halves(scenes):
-    image, label = dataset.read_composite(scenes / "train" / "3.jpg")
+    image, label = dataset.read_composite(scenes / "train" / "3.jpg", HEIGHT)
     composite = np.asarray(Image.open(scenes / "train" / "3.jpg"))
-    assert image.shape == (256, 256, 3) and image.dtype == label.dtype == np.uint8
-    assert np.array_equal(image, composite[:, :256])
-    truth = Image.fromarray(draw_scene(2)[1]).resize((256, 256), Image.Resampling.NEAREST)
+    assert image.shape == (HEIGHT, HEIGHT, 3) and image.dtype == label.dtype == np.uint8
+    assert np.array_equal(image, composite[:, :HEIGHT])
+    truth = Image.fromarray(draw_scene(2, 4 * HEIGHT)[1]).resize((HEIGHT, HEIGHT), Image.Resampling.NEAREST)
     assert np.mean(label == dataset.decode_label(np.asarray(truth))) > 0.98
 
 
 def test_resizing_moves_both_halves_and_keeps_ids(scenes):
     image, label = dataset.read_composite(scenes / "val" / "1.jpg", 64)
     full_image, full_label = dataset.read_composite(scenes / "val" / "1.jpg", None)
-    blocks = full_image.reshape(64, 4, 64, 4, 3).mean(axis=(1, 3))
+    blocks = full_image.reshape(64, 2, 64, 2, 3).mean(axis=(1, 3))
     assert image.shape == (64, 64, 3) and np.abs(image - blocks).mean() < 4
-    assert np.array_equal(label, full_label[2::4, 2::4])
+    assert np.array_equal(label, full_label[1::2, 1::2])
 
 
 def test_labels_to_score_on_keep_their_size(scenes):
     image, label = dataset.read_composite(scenes / "val" / "1.jpg", 64, resize_label=False)
-    assert image.shape == (64, 64, 3) and label.shape == (256, 256)
+    assert image.shape == (64, 64, 3) and label.shape == (HEIGHT, HEIGHT)
 
 
 @pytest.mark.parametrize("suffix", ["png", "bmp", "webp", "jpe", "jfif", "ppm"])
@@ -70,12 +71,12 @@ def test_a_raw_file_among_composites_is_named(own_scenes):
 
 
 def swap_halves(path):
-    Image.fromarray(np.roll(np.asarray(Image.open(path)), 256, axis=1)).save(path, quality=95)
+    Image.fromarray(np.roll(np.asarray(Image.open(path)), HEIGHT, axis=1)).save(path, quality=95)
 
 
 def photo_twice(path):
     composite = np.asarray(Image.open(path)).copy()
-    composite[:, 256:] = np.random.default_rng(0).integers(256, size=(256, 256, 3))
+    composite[:, HEIGHT:] = np.random.default_rng(0).integers(256, size=(HEIGHT, HEIGHT, 3))
     Image.fromarray(composite).save(path, quality=95)
 
 
@@ -125,14 +126,14 @@ def test_processes_read_in_order(own_scenes):
         assert torch.equal(split.labels[index], split.labels[index % 8])
 
 
-def test_one_bad_file_among_thousands_is_named_by_the_processes_that_read(tmp_path):
+def test_one_bad_file_among_a_thousand_is_named_by_the_processes_that_read(tmp_path):
     for number in range(1, 9):
         write_composite(tmp_path / f"{number}.jpg", *draw_scene(number, 64))
-    link(tmp_path, range(9, 2001))
-    (tmp_path / "1277.jpg").unlink()
-    (tmp_path / "1277.jpg").write_bytes(b"damaged")
+    link(tmp_path, range(9, 1001))
+    (tmp_path / "677.jpg").unlink()
+    (tmp_path / "677.jpg").write_bytes(b"damaged")
     (problem,) = make_split(tmp_path, 32, workers=2).read(True, tqdm(disable=True))
-    assert "1277.jpg: cannot be read as an image" in problem
+    assert "677.jpg: cannot be read as an image" in problem
 
 
 def test_ids_beyond_the_number_of_classes_are_named(scenes):
@@ -204,7 +205,7 @@ def test_labels_of_several_sizes_are_served_as_they_are(own_scenes, keep):
     split = read(make_split(own_scenes / "val", resize_labels=False), keep)
     ((images, labels),) = split.batches([[0, 1]], CPU)
     assert images.shape == (2, 3, 64, 64)
-    assert [tuple(label.shape) for label in labels] == [(256, 256), (320, 320)]
+    assert [tuple(label.shape) for label in labels] == [(HEIGHT, HEIGHT), (320, 320)]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

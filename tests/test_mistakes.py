@@ -24,7 +24,7 @@ import model as models
 import predict
 import train
 import utils
-from conftest import SMALL, draw_nothing, run_ranks, start
+from conftest import HEIGHT, SMALL, draw_nothing, run_ranks, start
 from draw_demo import draw_scene, write_scenes
 
 CHECKPOINTS = [("--evaluate", "best.pth"), ("--resume", "best.pth"), ("--resume", "last.pth")]
@@ -43,7 +43,7 @@ def in_an_empty_folder_without_pictures_and_waiting(tmp_path, monkeypatch):
 def tiny(tmp_path_factory):
     """A data folder with two training composites and a validation composite. Not to be changed."""
     folder = tmp_path_factory.mktemp("tiny")
-    write_scenes(folder, {"train": 2, "val": 1})
+    write_scenes(folder, {"train": 2, "val": 1}, HEIGHT)
     return folder
 
 

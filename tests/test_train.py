@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import dataset
 import model as models
 import train
 import utils
-from conftest import ROOT, SMALL, draw_nothing, free_port, run_ranks, start
+from conftest import HEIGHT, ROOT, SMALL, draw_nothing, free_port, run_ranks, start
 from predict import Segmenter
 from predict import main as predict
 from utils import Runtime
@@ -101,9 +104,9 @@ def test_training_lowers_the_loss_and_the_checkpoint_predicts_the_same_after_rel
     train.main([*argv, "--learning_rate", "3e-3"])
     rows = rows_of(tmp_path / "run")
     assert float(rows[-1]["train_loss"]) < 0.8 * float(rows[0]["train_loss"])
-    photo = dataset.read_image(scenes / "val" / "1.jpg").crop((0, 0, 256, 256))
+    photo = dataset.read_image(scenes / "val" / "1.jpg").crop((0, 0, HEIGHT, HEIGHT))
     first, second = (Segmenter(tmp_path / "run" / "best.pth", "cpu")(photo) for _ in range(2))
-    assert first.shape == (256, 256) and np.array_equal(first, second) and len(np.unique(first)) > 2
+    assert first.shape == (HEIGHT, HEIGHT) and np.array_equal(first, second) and len(np.unique(first)) > 2
 
 
 @pytest.mark.parametrize("name, choose", [("best.pth", max), ("last.pth", lambda values: list(values)[-1])])
@@ -120,9 +123,9 @@ def figures_line(text):
 
 @pytest.mark.parametrize("flip", [[], ["--flip"]])
 def test_evaluate_and_predict_agree_on_composites_of_any_size(scenes, run_dir, tmp_path, capsys, flip):
-    """The checkpoint sees 64x64; two of the labels have 256x256 pixels, one 320x320."""
+    """The checkpoint sees 64x64; two of the labels have 128x128 pixels, one 160x160."""
     (tmp_path / "data" / "val").mkdir(parents=True)
-    for name, height in (("1.jpg", 256), ("2.jpg", 256), ("3.jpg", 320)):
+    for name, height in (("1.jpg", 128), ("2.jpg", 128), ("3.jpg", 160)):
         composite = Image.open(scenes / "val" / name).resize((2 * height, height), Image.Resampling.NEAREST)
         composite.save(tmp_path / "data" / "val" / name.replace("jpg", "png"))
     train.main(["--evaluate", str(run_dir / "best.pth"), "--data_dir", str(tmp_path / "data"),
@@ -180,7 +183,7 @@ def test_only_finetuning_augments(scenes, tmp_path, monkeypatch):
 
 
 def test_finetuning_moves_the_encoder_and_resumes(scenes, tmp_path):
-    train.main(arguments(scenes, tmp_path / "run", "--num_epochs", 1, "--finetune_encoder"))
+    train.main(arguments(scenes, tmp_path / "run", "--num_epochs", 1, "--finetune_encoder", "--image_size", 32))
     before = weights(tmp_path / "run" / "last.pth")["encoder3.0.block.0.0.weight"]
     train.main(["--resume", str(tmp_path / "run" / "last.pth"), "--num_epochs", "2"])
     assert not torch.equal(before, weights(tmp_path / "run" / "last.pth")["encoder3.0.block.0.0.weight"])
@@ -360,9 +363,9 @@ def test_rare_classes_count_more():
     assert 0.9 * often + 0.1 * seldom == pytest.approx(1)  # the mean over the pixels
 
 
-def test_compile_decodes_alike_where_there_is_a_compiler():
-    if not (shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")):
-        pytest.skip("torch.compile needs a C++ compiler, and none is here")
+def test_compile_decodes_alike(monkeypatch):
+    # torch.compile's own way up to generated code, whose C++ takes half a minute to compile on a slow machine
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     images, labels = make_batch(1, 32)
     plain, compiled = make_trainer(), make_trainer()
     compiled.compile_decode(32, 1)
@@ -680,24 +683,29 @@ def test_torchrun_trains_and_one_process_resumes(scenes, tmp_path):
     assert load(output / "last.pth")["epoch"] == 2
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(),
-                    reason="finds the rank's process in /proc, Linux's alone")
-def test_a_rank_that_dies_takes_the_job_down_and_the_run_resumes(scenes, tmp_path):
-    output, log = tmp_path / "run", tmp_path / "log"
-    with open(log, "w") as file:
-        command = torchrun(*arguments(scenes, output, "--num_epochs", 300, "--batch_size", 2))
-        job = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
-    while not (output / "last.pth").exists():
-        time.sleep(0.1)
-        assert job.poll() is None, log.read_text()
-    tasks = Path(f"/proc/{job.pid}/task").iterdir()
-    children = [child for task in tasks for child in (task / "children").read_text().split()]
-    ranks = [int(child) for child in children if b"train.py" in Path(f"/proc/{child}/cmdline").read_bytes()]
-    assert len(ranks) == 2
-    os.kill(ranks[1], signal.SIGKILL)
-    assert job.wait(120) != 0 and "SIGKILL" in log.read_text()
-    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+def die_in_the_second_epoch(rank_that_dies, *argv):
+    real = train.Run.save_epoch
+
+    def save_epoch(run, trainer, row):
+        if row["epoch"] == 2 and run.runtime.rank == rank_that_dies:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(run, trainer, row)
+
+    draw_nothing()
+    train.Run.save_epoch = save_epoch
+    train.main(argv)
+
+
+def test_a_rank_that_dies_takes_the_job_down_and_the_run_resumes(scenes, tmp_path, monkeypatch):
+    output = tmp_path / "run"
+    argv = arguments(scenes, output, "--num_epochs", 300, "--batch_size", 2)
+    # what torchrun is a command line for, here with processes that start fast
+    config = LaunchConfig(1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0,
+                          start_method="forkserver")
+    with pytest.raises(ChildFailedError, match="SIGKILL"):
+        elastic_launch(config, die_in_the_second_epoch)(1, *argv)
     epoch = load(output / "last.pth")["epoch"]
+    assert epoch < 3  # the other rank has ended too
     train.main(["--resume", str(output / "last.pth"), "--num_epochs", str(epoch + 1)])
     assert load(output / "last.pth")["epoch"] == epoch + 1
 
