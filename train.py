@@ -289,7 +289,9 @@ class Trainer:
                  n_steps: int, runtime: Runtime) -> None:
         self.network, self.runtime, self.n_steps, self.steps_done = network, runtime, n_steps, 0
         self.class_weights = class_weights.to(runtime.device)
-        self.encoder = network if network.finetune_encoder else models.fold_batch_norms(copy.deepcopy(network))
+        self.encoder = network
+        if not network.finetune_encoder:
+            self.encoder = models.fold_batch_norms(copy.deepcopy(network))
         self.decode = network.decode
         self.generator: torch.Generator | None = None  # of augmentation
         self.learning_rate = 0.0  # the decoders', in the last step

@@ -183,7 +183,8 @@ def test_only_finetuning_augments(scenes, tmp_path, monkeypatch):
 
 
 def test_finetuning_moves_the_encoder_and_resumes(scenes, tmp_path):
-    train.main(arguments(scenes, tmp_path / "run", "--num_epochs", 1, "--finetune_encoder", "--image_size", 32))
+    argv = arguments(scenes, tmp_path / "run", "--num_epochs", 1)
+    train.main([*argv, "--finetune_encoder", "--image_size", "32"])
     before = weights(tmp_path / "run" / "last.pth")["encoder3.0.block.0.0.weight"]
     train.main(["--resume", str(tmp_path / "run" / "last.pth"), "--num_epochs", "2"])
     assert not torch.equal(before, weights(tmp_path / "run" / "last.pth")["encoder3.0.block.0.0.weight"])
