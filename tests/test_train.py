@@ -1,4 +1,5 @@
 """train.py: the whole path on synthetic scenes, one step and its parts, resuming, and many processes."""
+import copy
 import csv
 import json
 import math
@@ -320,6 +321,22 @@ def test_averages_span_a_share_of_the_steps_so_far(finetune):
         else:
             torch.testing.assert_close(trainer.average[name], expected[name])
             assert not torch.equal(trainer.average[name], trainer.network.state_dict()[name])
+
+
+@pytest.mark.parametrize("finetune", [False, True])
+def test_what_is_scored_is_a_folded_copy_with_averaged_weights(finetune):
+    trainer, (images, labels) = make_trainer(finetune), make_batch(size=32)
+    for _ in range(2):
+        trainer.step(images, labels)
+    state = copy.deepcopy(trainer.network.state_dict())
+    folded, plain = trainer.fold(trainer.average), copy.deepcopy(trainer.network).eval()
+    plain.load_state_dict(trainer.average, strict=False)
+    assert not any(isinstance(layer, torch.nn.BatchNorm2d) for layer in folded.modules())
+    with torch.no_grad():
+        images = dataset.normalize(images)
+        torch.testing.assert_close(folded(images), plain(images), rtol=1e-3, atol=1e-4)
+    assert all(torch.equal(value, state[key]) for key, value in trainer.network.state_dict().items())
+    assert trainer.network.training
 
 
 def test_fp16_scales_the_loss_and_steps_alike():
