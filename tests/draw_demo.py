@@ -314,7 +314,7 @@ def write_composite(path: str | Path, photo: np.ndarray, label_rgb: np.ndarray) 
 
 
 def write_scenes(folder: str | Path, splits: dict[str, int], height: int = 256) -> None:
-    """So many composites for each split, as folder/SPLIT/1.jpg and so on, each of another seed."""
+    """So many composites of that height for each split, as folder/SPLIT/1.jpg and so on, all different."""
     paths = [Path(folder, split, f"{i}.jpg") for split, count in splits.items() for i in range(1, count + 1)]
     side = (height, height)
 

@@ -683,15 +683,11 @@ def test_more_processes_than_composites_are_refused(scenes, tmp_path):
     assert statuses == [1, 1] and "1 composites for 2 processes; start fewer" in logs[0]
 
 
-def torchrun(*argv):
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-            f"--master_port={free_port()}",
-            "train.py", *argv]
-
-
 def test_torchrun_trains_and_one_process_resumes(scenes, tmp_path):
     output = tmp_path / "run"
-    command = torchrun(*arguments(scenes, output, "--num_epochs", 1, "--batch_size", 2))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+               f"--master_port={free_port()}", "train.py",
+               *arguments(scenes, output, "--num_epochs", 1, "--batch_size", 2)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "2 x 2 = 4 images a step" in done.stdout and done.stdout.count("Device ") == 1
@@ -700,11 +696,13 @@ def test_torchrun_trains_and_one_process_resumes(scenes, tmp_path):
     assert load(output / "last.pth")["epoch"] == 2
 
 
-def die_in_the_second_epoch(rank_that_dies, *argv):
-    real = train.Run.save_epoch
+def lose_a_rank(folder, *argv):
+    """Train, and write down this rank's process; rank 1 dies in the second epoch."""
+    rank, real = int(os.environ["RANK"]), train.Run.save_epoch
+    (folder / f"process{rank}").write_text(str(os.getpid()))
 
     def save_epoch(run, trainer, row):
-        if row["epoch"] == 2 and run.runtime.rank == rank_that_dies:
+        if row["epoch"] == 2 and rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(run, trainer, row)
 
@@ -713,16 +711,19 @@ def die_in_the_second_epoch(rank_that_dies, *argv):
     train.main(argv)
 
 
-def test_a_rank_that_dies_takes_the_job_down_and_the_run_resumes(scenes, tmp_path, monkeypatch):
+def test_a_rank_that_dies_takes_the_job_down_and_the_run_resumes(scenes, tmp_path):
     output = tmp_path / "run"
     argv = arguments(scenes, output, "--num_epochs", 300, "--batch_size", 2)
     # what torchrun is a command line for, here with processes that start fast
     config = LaunchConfig(1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0,
                           start_method="forkserver")
     with pytest.raises(ChildFailedError, match="SIGKILL"):
-        elastic_launch(config, die_in_the_second_epoch)(1, *argv)
+        elastic_launch(config, lose_a_rank)(tmp_path, *argv)
+    for rank in range(2):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / f"process{rank}").read_text()), 0)  # is it still there?
     epoch = load(output / "last.pth")["epoch"]
-    assert epoch < 3  # the other rank has ended too
+    assert epoch < 3
     train.main(["--resume", str(output / "last.pth"), "--num_epochs", str(epoch + 1)])
     assert load(output / "last.pth")["epoch"] == epoch + 1
 
