@@ -1,4 +1,6 @@
 """What several test files share: synthetic scenes on disk, a trained run, real processes that start fast."""
+import contextlib
+import gc
 import io
 import multiprocessing
 import os
@@ -13,6 +15,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 
 import pytest  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
+from torchvision.models import efficientnet_b0  # noqa: E402
+from torchvision.models.efficientnet import EfficientNet, MBConvConfig  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts lie flat in the repository's root
@@ -20,6 +24,7 @@ sys.path.insert(0, str(ROOT))  # the scripts lie flat in the repository's root
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 import metrics  # noqa: E402
+import model as models  # noqa: E402
 import train  # noqa: E402
 import utils  # noqa: E402
 from draw_demo import write_scenes  # noqa: E402
@@ -29,25 +34,52 @@ FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["train", "predict", "pytest"])
 HEIGHT = 128  # of composites: less to read and to score than 256
 SMALL = ["--encoder_weights", "none", "--image_size", "64", "--device", "cpu"]  # an epoch takes a second
+# (expansion, kernel, stride, in, out, repeats) of features[1..7], table 1 of the EfficientNet paper
+B0_STAGES = [(1, 3, 1, 32, 16, 1), (6, 3, 2, 16, 24, 2), (6, 5, 2, 24, 40, 2), (6, 3, 2, 40, 80, 3),
+             (6, 5, 1, 80, 112, 3),
+             (6, 5, 2, 112, 192, 4), (6, 3, 1, 192, 320, 1)]
 
 
-def draw_nothing(replace=setattr):
-    """Take the drawing out of runs whose pictures are not what is tested: it is half of a small run."""
-    for owner, name in ((utils, "plot_curves"), (utils, "plot_predictions"),
-                        (metrics.SegmentationMetrics, "plot")):
-        replace(owner, name, lambda *_: Figure())
-    replace(Figure, "savefig", lambda figure, file, **options: file.write(b"picture"))
+def shallow_efficientnet(weights=None):
+    """efficientnet_b0 without its repeats: it takes half the time to build, save and load."""
+    if weights:
+        return efficientnet_b0(weights=weights)  # there to be downloaded
+    stages = [MBConvConfig(*stage, num_layers=1) for *stage, _ in B0_STAGES]
+    return EfficientNet(stages, dropout=0.2, last_channel=1280)
+
+
+models.efficientnet_b0 = shallow_efficientnet  # in the processes that tests start too
+
+
+@contextlib.contextmanager
+def backbone(build):
+    """Networks that are made meanwhile take their encoder from build()."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "efficientnet_b0", build)
+        yield
+
+
+@contextlib.contextmanager
+def hurry():
+    """Take pictures, and waiting for the disk, out of runs that are not tested for them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((utils, "plot_curves"), (utils, "plot_predictions"),
+                            (metrics.SegmentationMetrics, "plot")):
+            patch.setattr(owner, name, lambda *_: Figure())
+        patch.setattr(Figure, "savefig", lambda figure, file, **options: file.write(b"picture"))
+        patch.setattr(os, "fsync", lambda descriptor: None)  # no test cuts the power
+        yield
 
 
 def run_in_process(main, argv, log, environment):
     """Body of a child process: the command line with its output in a file."""
     os.environ.update(environment)
-    draw_nothing()
     with open(log, "wb", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stdout, sys.stderr = (io.TextIOWrapper(os.fdopen(fd, "wb", 0), write_through=True) for fd in (1, 2))
-    main([str(argument) for argument in argv])
+    with hurry():
+        main([str(argument) for argument in argv])
 
 
 def start(main, argv, log, **environment):
@@ -73,6 +105,10 @@ def run_ranks(main, argv, n_ranks, folder, seconds=180):
     for process in processes:
         process.join(seconds)
     return [process.exitcode for process in processes], [log.read_text() for log in logs]
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what has been imported, a million objects, is not searched for garbage again and again
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ import model as models
 import predict
 import train
 import utils
-from conftest import HEIGHT, SMALL, draw_nothing, run_ranks, start
+from conftest import HEIGHT, SMALL, hurry, run_ranks, start
 from draw_demo import draw_scene, write_scenes
 
 CHECKPOINTS = [("--evaluate", "best.pth"), ("--resume", "best.pth"), ("--resume", "last.pth")]
@@ -32,11 +32,11 @@ DIVERGING = ["--learning_rate", "1e30"]  # the first step makes the weights infi
 
 
 @pytest.fixture(autouse=True)
-def in_an_empty_folder_without_pictures_and_waiting(tmp_path, monkeypatch):
-    """Runs without a name go to tmp_path; no test cuts the power, so none waits for the disk."""
+def hurry_in_an_empty_folder(tmp_path, monkeypatch):
+    """Runs without a name go to tmp_path."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    draw_nothing(monkeypatch.setattr)
+    with hurry():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +57,7 @@ def own_tiny(tiny, tmp_path):
 def finished(tiny, tmp_path_factory):
     """A finished run of one epoch on `tiny`. Not to be changed."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
-    with pytest.MonkeyPatch.context() as patch:
-        draw_nothing(patch.setattr)
+    with hurry():
         train.main(arguments(tiny, folder))
     return folder
 
@@ -772,7 +771,6 @@ def wait_after_the_first_epoch(argv):
             time.sleep(600)
 
     real, utils.Runtime.log = utils.Runtime.log, log
-    draw_nothing()
     train.main(argv)
 
 

@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.models import efficientnet_b0
 
 import dataset
 import metrics
 import model as models
 import predict
 import utils
+from conftest import backbone
 from predict import Segmenter
 
 ROOT = Path(predict.__file__).parent
@@ -615,7 +617,11 @@ def test_a_name_that_the_log_cannot_encode_is_escaped(photos, run, tmp_path, mon
     assert b"caf\\xe9.png -> " in stream.buffer.getvalue()
 
 
-def test_real_processes_end_well_with_streams_that_take_nothing(photos, checkpoint, tmp_path):
+def test_real_processes_end_well_with_streams_that_take_nothing(photos, config, tmp_path):
+    checkpoint = tmp_path / "whole.pth"
+    with backbone(efficientnet_b0):  # as a new interpreter has it
+        weights = models.EfficientSegNet(N_CLASSES, "none").state_dict()
+    torch.save({"model": weights, "config": config}, checkpoint)
     argv = [sys.executable, "-u", ROOT / "predict.py", photos, "--checkpoint", checkpoint, "--output"]
     processes = {}
     for name, redirection in (("piped", "| head -n 1"), ("closed", ">&- 2>&-")):  # at once: imports take long
