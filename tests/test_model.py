@@ -12,12 +12,6 @@ from conftest import B0_STAGES, backbone, shallow_efficientnet
 from model import EfficientSegNet, SegNetDecoder, WeightsError, fold_batch_norms
 
 
-@pytest.fixture(scope="module", autouse=True)
-def with_the_whole_encoder():
-    with backbone(efficientnet_b0):
-        yield
-
-
 @pytest.fixture(scope="module")
 def network():
     """A network whose batch-norm statistics are not those of a fresh one, so that leaving one out shows."""

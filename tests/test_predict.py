@@ -22,11 +22,17 @@ import metrics
 import model as models
 import predict
 import utils
-from conftest import backbone
+from conftest import backbone, shallow_efficientnet
 from predict import Segmenter
 
 ROOT = Path(predict.__file__).parent
 N_CLASSES = len(dataset.CLASSES)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def with_a_shallow_encoder():
+    with backbone(shallow_efficientnet):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -58,8 +58,8 @@ def same_weights(a, b):
 
 
 @pytest.fixture(autouse=True)
-def without_pictures(run_dir):
-    """Those of run_dir are drawn and looked at."""
+def in_a_hurry(run_dir):
+    """The pictures of run_dir are drawn and looked at."""
     with hurry():
         yield
 
@@ -423,11 +423,11 @@ def without_times(run):
 
 def test_a_run_killed_at_random_moments_ends_with_the_same_weights(scenes, uninterrupted, tmp_path):
     """kill -9, start or resume again, until the four epochs are done: bit for bit the run left alone."""
-    moments, output, kills, longest = random.Random(0), tmp_path / "run", 0, 3.0  # seconds
+    moments, output, kills, longest = random.Random(0), tmp_path / "run", 0, 2.5  # seconds
     argv = arguments(scenes, output, "--num_epochs", 4, "--batch_size", 2)
     while True:
         process = start(train.main, argv, tmp_path / "log")
-        process.join(moments.uniform(0.1, 1) * longest if kills < 8 else 120)
+        process.join(moments.uniform(0.1, 1) * longest if kills < 6 else 120)
         if process.exitcode is not None:
             assert process.exitcode == 0, (tmp_path / "log").read_text()
             if kills:
