@@ -416,7 +416,7 @@ def to_8_bits(image: Image.Image) -> np.ndarray:
     if image.mode == "I" and sample_format in (1, (1,)):
         values = values.view(np.uint32)  # which Pillow reads as signed
     low, high = np.fmin.reduce(values, axis=None), np.fmax.reduce(values, axis=None)  # NaN left out
-    share, n_nan = np.mean(values > 1), np.count_nonzero(values != values)
+    share, n_nan = np.mean(values > 1), np.isnan(values).sum()
     if image.mode == "F":
         white = 1 if high <= 1 else 255 if high <= 255 and share > 0.01 else None
     else:

@@ -466,7 +466,6 @@ def test_half_a_photo_is_refused(suffix, cut, photo, tmp_path):
     ("name", "words"),
     [
         ("gone.jpg", "no such file"),
-        
         ("x" * 300, "(?i)too long"),
         ("loop.jpg", "(?i)symbolic links"),
         ("file.txt/a.jpg", "(?i)not a directory"),
