@@ -78,15 +78,15 @@ class DepthwiseConv2d(nn.Conv2d):
 class EfficientSegNet(nn.Module):
     """Semantic segmentation network: ImageNet-normalised photos in, one logit per class and pixel out.
 
-    The encoder stays in eval mode whatever `train()` says: its batch-norm statistics never move and
-    stochastic depth is off. Unless `finetune_encoder` is set it also takes no gradient and keeps no graph.
+    The encoder stays in eval mode whatever `train()` says: stochastic depth is off. Unless `finetune_encoder`
+    is set its batch-norm statistics never move either, it takes no gradient and keeps no graph.
 
     Args:
         n_classes: channels of the output.
         encoder_weights: "imagenet" (torchvision's IMAGENET1K_V1, downloaded once), "none" (random) or the
             path of a torchvision efficientnet_b0 state_dict, with or without its classifier; None where a
             state_dict is loaded next.
-        finetune_encoder: train the encoder's weights too (its batch-norm statistics stay frozen).
+        finetune_encoder: train the encoder too, its batch norms as the decoders' are.
     Raises:
         WeightsError: the download failed, or the file is not an efficientnet_b0 state_dict.
     """
@@ -125,6 +125,9 @@ class EfficientSegNet(nn.Module):
         super().train(mode)
         for stage in self.encoder_stages():
             stage.eval()
+            for layer in stage.modules():
+                if isinstance(layer, nn.BatchNorm2d):
+                    layer.train(mode and self.finetune_encoder)
         return self
 
     def encode(self, images: Tensor) -> list[Tensor]:

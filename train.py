@@ -384,7 +384,8 @@ class Trainer:
     def compile_decode(self, image_size: int, batch_size: int) -> None:
         """torch.compile, tried on one pass; a line says if it is not possible."""
         images = torch.zeros((batch_size, 3, image_size, image_size), dtype=torch.uint8)
-        features, state = self.encode(images), copy.deepcopy(self.network.state_dict())
+        state = copy.deepcopy(self.network.state_dict())
+        features = self.encode(images)
         try:
             compiled = torch.compile(self.network.decode)
             with self.runtime.autocast():
@@ -393,7 +394,7 @@ class Trainer:
         except Exception as error:  # no compiler, no Triton, an operator without lowering: none is fatal
             self.runtime.log(f"Compile     not possible here ({utils.first_line(error)}); going on without")
         self.optimizer.zero_grad(set_to_none=True)
-        self.network.load_state_dict(state)  # the trial moved the decoders' batch-norm statistics
+        self.network.load_state_dict(state)  # the trial moved batch-norm statistics
 
     def state_dict(self) -> dict:
         """What last.pth keeps of it."""
@@ -803,6 +804,9 @@ def train_network(network: models.EfficientSegNet, run: Run, checkpoint: dict | 
     runtime = run.runtime
     splits = load_splits(("train", "val"), args, runtime)
     plan = Plan.make(args, sum(runtime.gather(len(splits["train"]))), runtime)
+    if args.finetune_encoder and args.image_size == 32 and plan.batch_size == 1:
+        raise SharedError("--finetune_encoder: the encoder's last batch norms would see one pixel a step at "
+                          "--image_size 32 and one photo a step; pass --image_size 64")
     class_weights = build_class_weights(splits["train"].class_pixels)
     trainer = Trainer(network, class_weights, args.learning_rate, plan.num_epochs * plan.steps, runtime)
     earlier = None

@@ -271,6 +271,15 @@ def test_one_composite_is_enough(own_tiny, tmp_path):
     assert load(tmp_path / "run" / "last.pth")["epoch"] == 1
 
 
+def test_one_composite_is_too_little_for_batch_norms_that_see_one_pixel_of_it(own_tiny, tmp_path, fails):
+    (own_tiny / "train" / "2.jpg").unlink()
+    argv = arguments(own_tiny, tmp_path / "run", "--finetune_encoder")
+    train.main(argv)
+    argv = arguments(own_tiny, tmp_path / "small", "--finetune_encoder", "--image_size", 32)
+    fails(train.main, argv, "--finetune_encoder", "--image_size 64")
+    assert not (tmp_path / "small").exists()
+
+
 def test_num_workers_read_at_the_start(tiny, tmp_path, monkeypatch):
     asked = []
 

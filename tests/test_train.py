@@ -381,13 +381,16 @@ def test_rare_classes_count_more():
     assert 0.9 * often + 0.1 * seldom == pytest.approx(1)  # the mean over the pixels
 
 
-def test_compile_decodes_alike(monkeypatch):
+@pytest.mark.parametrize("finetune", [False, True])
+def test_compile_decodes_alike_and_changes_no_state(finetune, monkeypatch):
     # torch.compile's own way up to generated code, whose C++ takes half a minute to compile on a slow machine
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    images, labels = make_batch(1, 32)
-    plain, compiled = make_trainer(), make_trainer()
-    compiled.compile_decode(32, 1)
+    images, labels = make_batch(2, 32)
+    plain, compiled = make_trainer(finetune), make_trainer(finetune)
+    compiled.compile_decode(32, 2)
     assert compiled.decode != compiled.network.decode
+    before = plain.network.state_dict()
+    assert all(torch.equal(value, before[key]) for key, value in compiled.network.state_dict().items())
     for trainer in (plain, compiled):
         trainer.step(images, labels)
     assert compiled.figures.compute()["loss"] == pytest.approx(plain.figures.compute()["loss"], rel=1e-4)
