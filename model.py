@@ -209,10 +209,13 @@ def calibrate_batch_norms(network: nn.Module) -> None:
     They never move in a frozen encoder, and with the initial mean 0 and variance 1 the signal shrinks from
     layer to layer, to 1e-13 at the encoder's end.
     """
-    for layer in network.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.momentum = 1.0  # take over the statistics of the one batch
+    norms = [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
+    momentum = norms[0].momentum
+    for norm in norms:
+        norm.momentum = 1.0  # take over the statistics of the one batch
     network.train()(F.interpolate(torch.randn(4, 3, 16, 16), size=(128, 128), mode="bilinear"))
+    for norm in norms:
+        norm.momentum = momentum  # fine-tuning goes on from there
 
 
 def load_checkpoint(path: str | Path) -> dict:

@@ -5,6 +5,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torchvision.models import EfficientNet_B0_Weights, efficientnet_b0
 
 import model as models
@@ -182,6 +183,8 @@ def test_frozen_encoder_never_changes_and_keeps_no_graph():
 
 def test_finetuning_changes_all_of_the_encoder_without_stochastic_depth():
     network = EfficientSegNet(20, "none", finetune_encoder=True)
+    norms = [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
+    assert {norm.momentum for norm in norms} == {nn.BatchNorm2d(1).momentum}
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     train_a_little(network)
     changed = {name for name, tensor in network.state_dict().items() if not torch.equal(tensor, before[name])}
