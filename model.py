@@ -78,8 +78,8 @@ class DepthwiseConv2d(nn.Conv2d):
 class EfficientSegNet(nn.Module):
     """Semantic segmentation network: ImageNet-normalised photos in, one logit per class and pixel out.
 
-    The encoder stays in eval mode whatever `train()` says: stochastic depth is off. Unless `finetune_encoder`
-    is set its batch-norm statistics never move either, it takes no gradient and keeps no graph.
+    The encoder has no stochastic depth. Unless `finetune_encoder` is set it stays in eval mode whatever
+    `train()` says: its batch-norm statistics never move, it takes no gradient and keeps no graph.
 
     Args:
         n_classes: channels of the output.
@@ -124,10 +124,7 @@ class EfficientSegNet(nn.Module):
     def train(self, mode: bool = True) -> "EfficientSegNet":
         super().train(mode)
         for stage in self.encoder_stages():
-            stage.eval()
-            for layer in stage.modules():
-                if isinstance(layer, nn.BatchNorm2d):
-                    layer.train(mode and self.finetune_encoder)
+            stage.train(mode and self.finetune_encoder)
         return self
 
     def encode(self, images: Tensor) -> list[Tensor]:
@@ -172,7 +169,8 @@ def fold_batch_norms(network: EfficientSegNet) -> EfficientSegNet:
 def load_features(encoder_weights: str | Path | None) -> nn.Sequential:
     """efficientnet_b0().features of torchvision, with weights and errors as EfficientSegNet says."""
     choice = str(encoder_weights)
-    features = (download_backbone() if choice == "imagenet" else efficientnet_b0()).features
+    backbone = download_backbone() if choice == "imagenet" else efficientnet_b0(stochastic_depth_prob=0)
+    features = backbone.features
     for block in features.modules():
         if isinstance(block, nn.Sequential) and isinstance(block[0], nn.Conv2d) and block[0].groups > 1:
             conv = block[0]
@@ -194,7 +192,7 @@ def download_backbone() -> nn.Module:
     """torchvision's efficientnet_b0 with its weights IMAGENET1K_V1; WeightsError where they cannot be had."""
     weights = EfficientNet_B0_Weights.IMAGENET1K_V1
     try:
-        return efficientnet_b0(weights=weights)
+        return efficientnet_b0(weights=weights, stochastic_depth_prob=0)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:  # no network, a damaged file
         cached = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
         raise WeightsError(f"the ImageNet weights could not be loaded ({error}). Put {cached.name} from "

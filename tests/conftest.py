@@ -39,12 +39,12 @@ B0_STAGES = [(1, 3, 1, 32, 16, 1), (6, 3, 2, 16, 24, 2), (6, 5, 2, 24, 40, 2), (
              (6, 5, 1, 80, 112, 3), (6, 5, 2, 112, 192, 4), (6, 3, 1, 192, 320, 1)]
 
 
-def shallow_efficientnet(weights=None):
+def shallow_efficientnet(weights=None, **options):
     """efficientnet_b0 without repeats and expansions: built, saved and loaded in a third of the time."""
     if weights:
-        return efficientnet_b0(weights=weights)  # there to be downloaded
+        return efficientnet_b0(weights=weights, **options)  # there to be downloaded
     stages = [MBConvConfig(1, *shape, num_layers=1) for _, *shape, _ in B0_STAGES]
-    return EfficientNet(stages, dropout=0.2, last_channel=1280)
+    return EfficientNet(stages, dropout=0.2, last_channel=1280, **options)
 
 
 @contextlib.contextmanager
