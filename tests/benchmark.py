@@ -341,6 +341,8 @@ def plain_epoch(network: nn.Module, loader: DataLoader, device: torch.device,
                 optimizer: torch.optim.Optimizer | None = None) -> int:
     """Training, or validation without an optimizer."""
     network.train(optimizer is not None)
+    for stage in network.encoder_stages():
+        stage.eval()  # frozen, though inside autograd
     total_loss = correct = n_images = 0
     for images, labels in loader:
         images, labels = images.to(device), labels.to(device)

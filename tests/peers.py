@@ -49,6 +49,7 @@ class Peer(models.EfficientSegNet):
     def __init__(self, architecture: str, n_classes: int, encoder_weights: str | Path | None = "imagenet", *,
                  finetune_encoder: bool = False) -> None:
         import segmentation_models_pytorch as smp
+        from timm.layers import DropPath
 
         nn.Module.__init__(self)
         build = {"unet": smp.Unet, "fpn": smp.FPN}[architecture]
@@ -61,7 +62,11 @@ class Peer(models.EfficientSegNet):
         self.finetune_encoder = finetune_encoder
         for parameter in self.encoder_parameters():
             parameter.requires_grad_(finetune_encoder)
-        check_features(self.train(), features)
+        for module in self.encoder.modules():
+            if isinstance(module, DropPath):
+                module.drop_prob = 0.0  # no stochastic depth, as in ours
+        check_features(self.eval(), features)
+        self.train()
 
     def encoder_stages(self) -> list[nn.Module]:
         return [self.encoder]
