@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from conftest import SMALL
+from conftest import ROOT, SMALL
 from peers import PACKAGES
 
 
@@ -13,7 +13,7 @@ from peers import PACKAGES
 @pytest.mark.parametrize("flags", [["unet"], ["unet", "--finetune_encoder"], ["fpn", "--finetune_encoder"]])
 def test_a_peer_trains_resumes_and_is_scored(scenes, tmp_path, flags):
     def run(*argv):
-        command = [sys.executable, PACKAGES.parent.parent / "tests" / "peers.py", flags[0], *argv]
+        command = [sys.executable, ROOT / "tests" / "peers.py", flags[0], *argv]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
