@@ -595,7 +595,7 @@ def take(tensors: Tensor | list[Tensor], indices: Sequence[int]) -> Tensor | lis
     """A batch; indexing with a tensor keeps channels_last, index_select does not."""
     if isinstance(tensors, list):
         return [tensors[index] for index in indices]
-    return tensors[torch.as_tensor(indices, device=tensors.device)]
+    return tensors[move(torch.as_tensor(indices), tensors.device)]
 
 
 def move(tensors: Tensor | list[Tensor], device: torch.device) -> Tensor | list[Tensor]:

@@ -310,8 +310,8 @@ class Trainer:
         self.parameters = sum(parameters, [])
         assert set(self.parameters) == {one for one in network.parameters() if one.requires_grad}
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp_dtype is torch.float16)
-        # Features in, no host in between: on one GPU a step can be one launch instead of hundreds.
-        one_launch = cuda and runtime.world_size == 1 and not network.finetune_encoder
+        # No host in between: on one GPU a step can be one launch instead of hundreds.
+        one_launch = cuda and runtime.world_size == 1
         self.update = CudaGraph(self._update, runtime) if one_launch else self._update
 
     def step(self, inputs: Tensor | Sequence[Tensor], labels: Tensor) -> None:
@@ -328,7 +328,7 @@ class Trainer:
         if isinstance(inputs, Tensor):
             if self.generator:
                 inputs, labels = dataset.augment(inputs, labels, self.generator)
-            inputs = self.encode(inputs)
+            inputs = [inputs] if self.network.finetune_encoder else self.encode(inputs)
         self.update(*inputs, labels)
 
     def encode(self, images: Tensor) -> list[Tensor]:
@@ -338,15 +338,16 @@ class Trainer:
             return self.encoder.encode(images)
 
     def _update(self, *tensors: Tensor) -> None:
-        """What a step does once there are features: decode, loss, gradients, optimizer, figures."""
-        *features, labels = tensors
+        """What a step does on the device, from features and labels; if the encoder trains, from images."""
+        *inputs, labels = tensors
+        self.optimizer.zero_grad(set_to_none=True)
+        features = self.encode(*inputs) if self.network.finetune_encoder else inputs
         logits = decode_kept(self.decode, features, self.runtime)
         loss, plain_loss, predictions = metrics.cross_entropy(logits, labels, self.class_weights)
         self.scaler.scale(loss).backward()
         self.average_gradients()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
         for key, average in self.average.items():
             average.lerp_(self.trained[key], self.averaging_rate)
         self.figures.update(predictions, labels, plain_loss)
@@ -393,7 +394,6 @@ class Trainer:
             self.decode = compiled
         except Exception as error:  # no compiler, no Triton, an operator without lowering: none is fatal
             self.runtime.log(f"Compile     not possible here ({utils.first_line(error)}); going on without")
-        self.optimizer.zero_grad(set_to_none=True)
         self.network.load_state_dict(state)  # the trial moved batch-norm statistics
 
     def state_dict(self) -> dict:
@@ -456,7 +456,7 @@ class CudaGraph:
         """Record the function; nothing is computed yet."""
         graph, self.static = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in tensors]
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a thread that reads may go on
                 self.function(*self.static)
             self.graph = graph
         except RuntimeError as error:

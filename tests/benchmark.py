@@ -572,12 +572,12 @@ def time_whole_runs(folder: Path, n_composites: int, device: str) -> None:
     print(f"\ntrain.py, {N_EPOCHS} epochs of {n_composites:,} composites and {counts['val']} for validation: "
           "seconds, images/s in training, peak MiB")
     columns = ("start", "read", "encode", "epochs", "rest", "total")
-    print(f"{'':<28}" + "".join(f"{one:>8}" for one in columns) + f"{'images/s':>10}{'process':>8}{'GPU':>8}")
+    print(f"{'':<34}" + "".join(f"{one:>8}" for one in columns) + f"{'images/s':>10}{'process':>8}{'GPU':>8}")
     shared = ["--num_epochs", str(N_EPOCHS), "--encoder_weights", "none", "--device", device,
               "--data_dir", str(copy_demo(folder / "data", counts))]
-    for choice in ("--batch_size 4", "--batch_size 16", "--batch_size 4 --compile",
-                   "--batch_size 16 --compile", "--batch_size 4 --no_cache"):
-        print(f"{choice:<28}", end="", flush=True)
+    for choice in ("--batch_size 4", "--batch_size 16", "--batch_size 4 --no_cache",
+                   "--batch_size 4 --finetune_encoder", "--batch_size 4 --compile", "--batch_size 16 --compile"):
+        print(f"{choice:<34}", end="", flush=True)
         time_run([*shared, *choice.split()], folder / choice)
     print("encode: and compile; rest: writing after each epoch, the report after the last")
 

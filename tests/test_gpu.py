@@ -1,0 +1,198 @@
+"""What differs on a GPU: one launch a step, a host that does not wait, features in its memory, its precisions."""
+import csv
+
+import pytest
+import torch
+from PIL import Image
+
+import dataset
+import model as models
+import predict
+import train
+from conftest import HEIGHT, hurry
+from draw_demo import write_scenes
+from utils import Runtime
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+FLAGS = ["--device", "cuda", "--encoder_weights", "none", "--image_size", "64"]
+PRECISIONS = ["off", "fp16", *["bf16"] * (torch.cuda.is_available() and torch.cuda.is_bf16_supported())]
+N_IMAGES = 24  # twelve steps of two: three before the capture, the capture, and replays
+
+
+@pytest.fixture(scope="module")
+def many_scenes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("many")
+    write_scenes(folder, {"train": N_IMAGES, "val": 7}, HEIGHT)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_a_hurry():
+    with hurry():
+        yield
+
+
+@pytest.fixture
+def run(many_scenes, tmp_path, capsys):
+    """Train two epochs with some flags; the folder, the history and what was printed."""
+    def call(name, *flags):
+        argv = ["--data_dir", many_scenes, "--output_dir", tmp_path / name, "--num_epochs", 2,
+                "--batch_size", 2, *FLAGS, *flags]
+        train.main([str(argument) for argument in argv])
+        with open(tmp_path / name / "history.csv", newline="") as file:
+            return tmp_path / name, list(csv.DictReader(file)), capsys.readouterr()
+
+    return call
+
+
+def alike(left, right, tolerance):
+    for one, other in zip(left, right, strict=True):
+        for name in ("train_loss", "train_dice", "val_loss", "val_dice"):
+            assert float(one[name]) == pytest.approx(float(other[name]), abs=tolerance), name
+
+
+@pytest.mark.parametrize("finetune", [[], ["--finetune_encoder"]])
+def test_a_run_in_float32_is_that_of_a_cpu(run, finetune):
+    flags = ["--amp", "off", "--learning_rate", "3e-4", *finetune]
+    _, on_gpu, printed = run("gpu", *flags)
+    assert "not possible" not in printed.out
+    if not finetune:
+        _, on_cpu, _ = run("cpu", *flags, "--device", "cpu")
+        alike(on_gpu, on_cpu, 0.02)
+    assert float(on_gpu[-1]["train_loss"]) < float(on_gpu[0]["train_loss"])
+
+
+@pytest.mark.parametrize("finetune", [[], ["--finetune_encoder"]])
+@pytest.mark.parametrize("more", [["--amp", name] for name in PRECISIONS] + [["--compile"],
+                                  ["--no_cache", "--num_workers", "2"]])
+def test_every_way_to_train_is_one_launch_and_learns(run, finetune, more):
+    _, history, printed = run("run", *finetune, *more)
+    assert "not possible" not in printed.out
+    assert ("in GPU memory" in printed.out) == (not finetune and "--no_cache" not in more)
+    assert float(history[-1]["train_loss"]) < float(history[0]["train_loss"])
+
+
+def make_trainer(amp, finetune):
+    torch.manual_seed(0)
+    runtime = Runtime.start("cuda", amp)
+    network = models.EfficientSegNet(20, "none", finetune_encoder=finetune)
+    network.to(runtime.device, memory_format=torch.channels_last)
+    return train.Trainer(network.train(), torch.linspace(0.5, 1.5, 20), 1e-3, 20, runtime)
+
+
+def make_batches(n_batches):
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(n_batches):
+        images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8, generator=generator)
+        yield images.cuda(), torch.randint(20, (2, 64, 64), dtype=torch.uint8, generator=generator).cuda()
+
+
+@pytest.mark.parametrize("finetune", [False, True])
+@pytest.mark.parametrize("amp", PRECISIONS)
+def test_replayed_steps_are_those_taken_one_by_one(amp, finetune):
+    replayed, one_by_one = make_trainer(amp, finetune), make_trainer(amp, finetune)
+    one_by_one.update = one_by_one._update
+    for trainer in (replayed, one_by_one):
+        trainer.generator = torch.Generator("cuda").manual_seed(3) if finetune else None
+        for images, labels in make_batches(10):
+            trainer.step(images, labels)
+    assert replayed.update.graph
+    ours, theirs = (trainer.figures.compute()["loss"] for trainer in (replayed, one_by_one))
+    assert ours == pytest.approx(theirs, rel=0.01)
+    norm = "decoder1.conv_block.1.num_batches_tracked"
+    assert replayed.network.state_dict()[norm] == one_by_one.network.state_dict()[norm] == 10
+
+
+@pytest.mark.parametrize("finetune", [False, True])
+def test_after_a_capture_that_fails_the_run_goes_on_as_without(monkeypatch, finetune, capsys):
+    failed, plain = make_trainer("off", finetune), make_trainer("off", finetune)
+    plain.update = plain._update
+    average_gradients = failed.average_gradients
+
+    def wait_for_the_host():
+        average_gradients()
+        failed.parameters[0].sum().item()
+
+    failed.average_gradients = wait_for_the_host
+    for trainer in (failed, plain):
+        for images, labels in make_batches(8):
+            trainer.step(images, labels)
+    assert "CUDA graph  not possible here" in capsys.readouterr().out and not failed.update.graph
+    assert failed.figures.compute()["loss"] == pytest.approx(plain.figures.compute()["loss"], rel=0.01)
+
+
+@pytest.mark.parametrize("finetune", [False, True])
+def test_the_host_does_not_wait_in_a_step(many_scenes, finetune):
+    trainer = make_trainer("off", finetune)
+    trainer.generator = torch.Generator("cuda").manual_seed(3) if finetune else None
+    composites = dataset.CompositeDataset(dataset.list_composites(many_scenes / "train"), 64, 20,
+                                          resize_labels=True)
+    split = dataset.Split(composites, 0)
+    split.read(True, train.progress("", 0, trainer.runtime))
+    if not finetune:
+        split.keep_features(trainer.encode, trainer.encode(split.images[:1]),
+                            train.progress("", 0, trainer.runtime))
+    batches = split.batches([[i, i + 1] for i in range(0, N_IMAGES, 2)], trainer.runtime.device)
+    for _ in range(train.GRAPH_WARMUP + 1):
+        trainer.step(*next(batches))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for inputs, labels in batches:
+            trainer.step(inputs, labels)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_run_goes_on_on_a_cpu_and_back(run):
+    folder, history, _ = run("run", "--amp", "off")
+    for device, n_epochs in (("cpu", 3), ("cuda", 4)):
+        train.main(["--resume", str(folder / "last.pth"), "--num_epochs", str(n_epochs), "--device", device])
+    with open(folder / "history.csv", newline="") as file:
+        losses = [float(row["train_loss"]) for row in csv.DictReader(file)]
+    assert len(losses) == 4 and losses[3] < losses[1]
+
+
+@pytest.mark.parametrize("finetune", [False, True])
+def test_trainer_state_goes_on_where_it_was(finetune):
+    batches = list(make_batches(10))
+    whole, first, second = (make_trainer("off", finetune) for _ in range(3))
+    for images, labels in batches:
+        whole.step(images, labels)
+    for images, labels in batches[:5]:
+        first.step(images, labels)
+    second.load_state_dict(first.state_dict(), steps_done=5)
+    for images, labels in batches[5:]:
+        second.step(images, labels)
+    for left, right in zip(whole.average.values(), second.average.values(), strict=True):
+        torch.testing.assert_close(left, right, rtol=0.05, atol=2e-3)
+
+
+def test_features_that_do_not_fit_on_the_gpu_lie_in_host_memory(run, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**20, 2**30))
+    _, _, printed = run("run")
+    assert "in host memory, for the GPU has" in printed.out and "not possible" not in printed.out
+
+
+def test_memory_that_runs_out_ends_in_a_line(many_scenes, tmp_path, fails):
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total + 2**28 / total)
+    try:
+        argv = ["--data_dir", many_scenes, "--output_dir", tmp_path / "run", *FLAGS, "--image_size", "1024",
+                "--batch_size", "16", "--finetune_encoder"]
+        fails(train.main, argv, "the device ran out of memory", "--batch_size 8")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_masks_are_those_of_a_cpu(run, many_scenes, tmp_path):
+    folder, _, _ = run("run")
+    masks = {}
+    for device in ("cuda", "cpu"):
+        output = tmp_path / f"masks {device}"
+        predict.main([str(many_scenes / "val"), "--composite", "--checkpoint", str(folder / "best.pth"),
+                      "--output", str(output), "--device", device])
+        masks[device] = [torch.frombuffer(bytearray(Image.open(path).tobytes()), dtype=torch.uint8)
+                         for path in sorted(output.glob("*.png"))]
+    agreeing = [(left == right).float().mean() for left, right in zip(masks["cuda"], masks["cpu"], strict=True)]
+    assert len(agreeing) == 7 and min(agreeing) > 0.97
