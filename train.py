@@ -271,6 +271,16 @@ def learning_rate_factor(progress: float) -> float:
     return min(progress / WARMUP, 1.0)
 
 
+@contextlib.contextmanager
+def fastest_kernels() -> Iterator[None]:
+    """cuDNN tries its kernels on every new shape, which pays in training: all batches have one shape."""
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = False
+
+
 class Trainer:
     """A network and all that its training changes: optimizer, loss scaler, place in the schedule, figures.
 
@@ -370,6 +380,7 @@ class Trainer:
             for one, part in zip(gradients, flat.split([one.numel() for one in gradients])):
                 one.copy_(part.view_as(one))
 
+    @fastest_kernels()
     def trial_peak(self, like: Sequence[Tensor], batch_size: int) -> int:
         """Bytes of GPU memory that a step takes beside what is there, tried on a copy of the network."""
         before = torch.cuda.memory_allocated()
@@ -456,7 +467,9 @@ class CudaGraph:
         """Record the function; nothing is computed yet."""
         graph, self.static = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in tensors]
         try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a thread that reads may go on
+            # A thread that reads may go on meanwhile; a capture that fails would leave its own stream behind.
+            with torch.cuda.stream(torch.cuda.current_stream()), \
+                    torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.function(*self.static)
             self.graph = graph
         except RuntimeError as error:
@@ -650,6 +663,7 @@ def fit(trainer: Trainer, plan: Plan, splits: dict[str, Split], run: Run) -> Non
         runtime.log(format_epoch(row, plan.num_epochs, is_best))
 
 
+@fastest_kernels()
 def train_one_epoch(trainer: Trainer, batches: Iterator[tuple], epoch: int, bar: tqdm) -> dict[str, float]:
     """One pass over the batches, shown by the bar; the figures over all ranks. UserError as in check_loss."""
     trainer.network.train()

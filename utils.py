@@ -300,8 +300,6 @@ class Runtime:
     def start(cls, device_name: str, amp: str) -> "Runtime":
         """Choose device and precision and, under torchrun, join the others. UserError as in select_device."""
         device = select_device(device_name)
-        if device.type == "cuda":
-            torch.backends.cudnn.benchmark = True  # shapes are fixed: the search for the fastest kernels pays
         world_size = int(os.environ["WORLD_SIZE"]) if is_torchrun() else 1
         if world_size > 1 and not dist.is_initialized():
             backend = "nccl" if device.type == "cuda" else "gloo"
