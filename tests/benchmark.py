@@ -576,7 +576,8 @@ def time_whole_runs(folder: Path, n_composites: int, device: str) -> None:
     shared = ["--num_epochs", str(N_EPOCHS), "--encoder_weights", "none", "--device", device,
               "--data_dir", str(copy_demo(folder / "data", counts))]
     for choice in ("--batch_size 4", "--batch_size 16", "--batch_size 4 --no_cache",
-                   "--batch_size 4 --finetune_encoder", "--batch_size 4 --compile", "--batch_size 16 --compile"):
+                   "--batch_size 4 --finetune_encoder", "--batch_size 4 --compile",
+                   "--batch_size 16 --compile"):
         print(f"{choice:<34}", end="", flush=True)
         time_run([*shared, *choice.split()], folder / choice)
     print("encode: and compile; rest: writing after each epoch, the report after the last")
@@ -612,8 +613,9 @@ def get_args_parser() -> utils.ArgumentParser:
     parser.add_argument("--quick", action="store_true",
                         help="less of all, and not the last two sections unless named: within a minute")
     parser.add_argument("--whole_runs", type=utils.whole_number(1), nargs="?", const=WHOLE_RUN["train"],
-                        metavar="N", help="time train.py instead, with and without --compile and --no_cache, "
-                                          "on N composites, %(const)s if left out, and profile an epoch")
+                        metavar="N", help="time train.py instead, with and without --compile, --no_cache and "
+                                          "--finetune_encoder, on N composites, %(const)s if left out, and "
+                                          "profile an epoch")
     parser.add_argument("--device", default="auto", help="as for train.py")
     return parser
 
