@@ -273,7 +273,7 @@ def learning_rate_factor(progress: float) -> float:
 
 @contextlib.contextmanager
 def fastest_kernels() -> Iterator[None]:
-    """cuDNN tries its kernels on every new shape, which pays in training: all batches have one shape."""
+    """cuDNN tries its kernels on every new shape, which can pay in training alone: batches have one shape."""
     torch.backends.cudnn.benchmark = True
     try:
         yield

@@ -1,4 +1,4 @@
-"""On a GPU: a step is one launch, the host does not wait, features lie in its memory, all precisions learn."""
+"""On a GPU: a step is one launch, the host never waits, features lie in its memory, all precisions learn."""
 import csv
 
 import numpy as np
