@@ -1,5 +1,6 @@
 """What several test files share: synthetic scenes on disk, a trained run, real processes that start fast."""
 import contextlib
+import csv
 import gc
 import io
 import multiprocessing
@@ -14,6 +15,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from torchvision.models import efficientnet_b0  # noqa: E402
 from torchvision.models.efficientnet import EfficientNet, MBConvConfig  # noqa: E402
@@ -101,6 +103,22 @@ def run_ranks(main, argv, n_ranks, folder, seconds=180):
     for process in processes:
         process.join(seconds)
     return [process.exitcode for process in processes], [log.read_text() for log in logs]
+
+
+def rows_of(run):
+    """The history of a run's folder."""
+    with open(run / "history.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def make_trainer(finetune=False, amp="off", n_steps=10, class_weights=None, device="cpu"):
+    """For a new network, the same at every call."""
+    torch.manual_seed(0)
+    runtime = utils.Runtime.start(device, amp)
+    network = models.EfficientSegNet(20, "none", finetune_encoder=finetune)
+    network.to(runtime.device, memory_format=torch.channels_last)
+    class_weights = torch.linspace(0.5, 1.5, 20) if class_weights is None else class_weights
+    return train.Trainer(network.train(), class_weights, 1e-3, n_steps, runtime)
 
 
 def pytest_collection_finish():

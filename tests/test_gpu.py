@@ -1,5 +1,5 @@
 """On a GPU: a step is one launch, the host never waits, features lie in its memory, all precisions learn."""
-import csv
+from functools import partial
 
 import numpy as np
 import pytest
@@ -7,12 +7,10 @@ import torch
 from PIL import Image
 
 import dataset
-import model as models
 import predict
 import train
-from conftest import FORKSERVER, HEIGHT, hurry
+from conftest import FORKSERVER, HEIGHT, hurry, make_trainer, rows_of
 from draw_demo import write_scenes
-from utils import Runtime
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 FLAGS = ["--device", "cuda", "--encoder_weights", "none", "--image_size", "64"]
@@ -41,8 +39,7 @@ def run(many_scenes, tmp_path, capsys):
         argv = ["--data_dir", many_scenes, "--output_dir", tmp_path / name, "--num_epochs", 2,
                 "--batch_size", 2, *FLAGS, *flags]
         train.main([str(argument) for argument in argv])
-        with open(tmp_path / name / "history.csv", newline="") as file:
-            return tmp_path / name, list(csv.DictReader(file)), capsys.readouterr()
+        return tmp_path / name, rows_of(tmp_path / name), capsys.readouterr()
 
     return call
 
@@ -69,12 +66,7 @@ def test_every_way_to_train_is_one_launch_and_learns(run, finetune, more):
     assert float(history[-1]["train_loss"]) < float(history[0]["train_loss"])
 
 
-def make_trainer(amp, finetune):
-    torch.manual_seed(0)
-    runtime = Runtime.start("cuda", amp)
-    network = models.EfficientSegNet(20, "none", finetune_encoder=finetune)
-    network.to(runtime.device, memory_format=torch.channels_last)
-    return train.Trainer(network.train(), torch.linspace(0.5, 1.5, 20), 1e-3, 20, runtime)
+make_gpu_trainer = partial(make_trainer, n_steps=20, device="cuda")
 
 
 def make_batches(n_batches):
@@ -100,7 +92,7 @@ def assert_moved_alike(one, other, before):
 @pytest.mark.parametrize("finetune", [False, True])
 @pytest.mark.parametrize("amp", PRECISIONS)
 def test_replayed_steps_are_those_taken_one_by_one(amp, finetune):
-    replayed, one_by_one = make_trainer(amp, finetune), make_trainer(amp, finetune)
+    replayed, one_by_one = make_gpu_trainer(finetune, amp), make_gpu_trainer(finetune, amp)
     before = [parameter.detach().clone() for parameter in replayed.parameters]
     one_by_one.update = one_by_one._update
     for trainer in (replayed, one_by_one):
@@ -116,7 +108,7 @@ def test_replayed_steps_are_those_taken_one_by_one(amp, finetune):
 def go_on_without_a_graph(finetune):
     """In a process of its own: torch's state after a capture that failed is not that before it."""
     with hurry():
-        failed, plain = make_trainer("off", finetune), make_trainer("off", finetune)
+        failed, plain = make_gpu_trainer(finetune), make_gpu_trainer(finetune)
         before = [parameter.detach().clone() for parameter in failed.parameters]
         plain.update = plain._update
         average_gradients = failed.average_gradients
@@ -144,7 +136,7 @@ def test_a_step_that_cannot_be_captured_goes_on_as_it_is(finetune):
 
 @pytest.mark.parametrize("finetune", [False, True])
 def test_the_host_does_not_wait_in_a_step(many_scenes, finetune):
-    trainer = make_trainer("off", finetune)
+    trainer = make_gpu_trainer(finetune)
     trainer.generator = torch.Generator("cuda").manual_seed(3) if finetune else None
     composites = dataset.CompositeDataset(dataset.list_composites(many_scenes / "train"), 64, 20,
                                           resize_labels=True)
@@ -168,15 +160,14 @@ def test_a_run_goes_on_on_a_cpu_and_back(run):
     folder, history, _ = run("run", "--amp", "off")
     for device, n_epochs in (("cpu", 3), ("cuda", 4)):
         train.main(["--resume", str(folder / "last.pth"), "--num_epochs", str(n_epochs), "--device", device])
-    with open(folder / "history.csv", newline="") as file:
-        losses = [float(row["train_loss"]) for row in csv.DictReader(file)]
+    losses = [float(row["train_loss"]) for row in rows_of(folder)]
     assert len(losses) == 4 and losses[3] < losses[1]
 
 
 @pytest.mark.parametrize("finetune", [False, True])
 def test_trainer_state_goes_on_where_it_was(finetune):
     batches = list(make_batches(10))
-    whole, first, second = (make_trainer("off", finetune) for _ in range(3))
+    whole, first, second = (make_gpu_trainer(finetune) for _ in range(3))
     before = [parameter.detach().clone() for parameter in whole.parameters]
     for images, labels in batches:
         whole.step(images, labels)

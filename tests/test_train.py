@@ -1,6 +1,5 @@
 """train.py: the whole path on synthetic scenes, one step and its parts, resuming, and many processes."""
 import copy
-import csv
 import json
 import math
 import os
@@ -28,7 +27,8 @@ import dataset
 import model as models
 import train
 import utils
-from conftest import HEIGHT, ROOT, SMALL, backbone, free_port, hurry, run_ranks, start
+from conftest import (HEIGHT, ROOT, SMALL, backbone, free_port, hurry, make_trainer, rows_of, run_ranks,
+                      start)
 from predict import Segmenter
 from predict import main as predict
 from utils import Runtime
@@ -62,10 +62,6 @@ def in_a_hurry(run_dir):
     """The pictures of run_dir are drawn and looked at."""
     with hurry():
         yield
-
-
-def rows_of(run):
-    return list(csv.DictReader(open(run / "history.csv")))
 
 
 # --- A run and what it leaves -------------------------------------------------------------------------------
@@ -250,15 +246,6 @@ def test_without_network_only_the_demo_goes_on(scenes, tmp_path, monkeypatch, fa
 ])
 def test_the_learning_rate_is_a_function_of_progress(progress, factor):
     assert train.learning_rate_factor(progress) == pytest.approx(factor)
-
-
-def make_trainer(finetune=False, amp="off", n_steps=10, class_weights=None):
-    torch.manual_seed(0)
-    runtime = Runtime.start("cpu", amp)
-    network = models.EfficientSegNet(20, "none", finetune_encoder=finetune)
-    network.to(memory_format=torch.channels_last)
-    class_weights = torch.linspace(0.5, 1.5, 20) if class_weights is None else class_weights
-    return train.Trainer(network.train(), class_weights, 1e-3, n_steps, runtime)
 
 
 def make_batch(n_images=2, size=64):
