@@ -7,8 +7,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from functools import partial
@@ -21,14 +19,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-from torchvision.models import efficientnet_b0
+from torch.distributed.run import main as torchrun
 
 import dataset
 import model as models
 import train
 import utils
-from conftest import (HEIGHT, ROOT, SMALL, backbone, free_port, hurry, make_trainer, rows_of, run_ranks,
-                      start)
+from conftest import HEIGHT, ROOT, SMALL, free_port, hurry, make_trainer, rows_of, run_ranks, start
 from predict import Segmenter
 from predict import main as predict
 from utils import Runtime
@@ -417,7 +414,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_weights(scenes, unint
     argv = arguments(scenes, output, "--num_epochs", 4, "--batch_size", 2)
     while True:
         process = start(train.main, argv, tmp_path / "log")
-        process.join(moments.uniform(0.1, 1) * longest if kills < 8 else 120)
+        process.join(moments.uniform(0.1, 1) * longest if kills < 5 else 120)
         if process.exitcode is not None:
             assert process.exitcode == 0, (tmp_path / "log").read_text()
             if kills:
@@ -678,19 +675,14 @@ def test_more_processes_than_composites_are_refused(scenes, tmp_path):
     assert statuses == [1, 1] and "1 composites for 2 processes; start fewer" in logs[0]
 
 
-def test_torchrun_trains_and_one_process_resumes(scenes, tmp_path):
-    output = tmp_path / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-               f"--master_port={free_port()}", "train.py",
-               *arguments(scenes, output, "--num_epochs", 1, "--batch_size", 2)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert "2 x 2 = 4 images a step" in done.stdout and done.stdout.count("Device ") == 1
-    assert "825,108 trainable and 4,007,548 frozen parameters" in done.stdout
-    assert not any(key.startswith("module.") for key in weights(output / "last.pth"))
-    with backbone(efficientnet_b0):  # as torchrun's processes had it
-        train.main(["--resume", str(output / "last.pth"), "--num_epochs", "2"])
-    assert load(output / "last.pth")["epoch"] == 2
+def test_torchrun_trains(scenes, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(ROOT)
+    torchrun(["--nproc_per_node=2", f"--master_port={free_port()}", "train.py",
+              *map(str, arguments(scenes, tmp_path / "run", "--num_epochs", 1, "--batch_size", 2))])
+    printed = capfd.readouterr().out
+    assert "2 x 2 = 4 images a step" in printed and printed.count("Device ") == 1
+    assert "825,108 trainable and 4,007,548 frozen parameters" in printed
+    assert not any(key.startswith("module.") for key in weights(tmp_path / "run" / "last.pth"))
 
 
 def lose_a_rank(folder, *argv):
