@@ -414,7 +414,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_weights(scenes, unint
     argv = arguments(scenes, output, "--num_epochs", 4, "--batch_size", 2)
     while True:
         process = start(train.main, argv, tmp_path / "log")
-        process.join(moments.uniform(0.1, 1) * longest if kills < 5 else 120)
+        process.join(moments.uniform(0.1, 1) * longest if kills < 8 else 120)
         if process.exitcode is not None:
             assert process.exitcode == 0, (tmp_path / "log").read_text()
             if kills:
