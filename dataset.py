@@ -8,8 +8,10 @@ import functools
 import io
 import math
 import mimetypes
+import multiprocessing
 import os
 import re
+import stat
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -130,8 +132,8 @@ class LabelDecoder:
         allowed[:, ~allowed.any(axis=0)] = anywhere | ~anywhere.any()
 
         pixels, colors = to_features(rgb.reshape(-1, 3)[unsure]), self.features
-        products = colors @ pixels.T  # (K, N)
-        distance = -2 * products + (colors**2).sum(axis=1)[:, None] + (pixels**2).sum(axis=1)  # squared
+        # Squared, (K, N). No matrix product: BLAS has its own threads, too many where several workers read.
+        distance = sum((colors[:, c, None] - pixels[:, c]) ** 2 for c in range(3))
         allowed[self.standalone] |= distance[self.standalone] == distance.min(axis=0)
         allowed[self.thin] |= distance[self.thin] < THIN_DISTANCE**2
         np.copyto(distance, np.inf, where=~allowed)
@@ -207,6 +209,8 @@ def check_table(table: Sequence[SegmentationClass], n_classes: int) -> None:
                            "give 2 to 60 classes and at most 255 colours in all")
     seen = {}
     for name, color, _ in table:
+        if not isinstance(name, str):
+            raise DatasetError(f"dataset.py: the class name {name!r} is no text; put it in quotes")
         is_triple = isinstance(color, (tuple, list)) and len(color) == 3
         if not is_triple or any(level not in range(256) for level in color):
             raise DatasetError(f"dataset.py: {name!r} has the colour {color}; "
@@ -462,13 +466,27 @@ def read_composite(path: str | Path, image_size: int | None = 256, *,
     return np.asarray(image), label
 
 
+def composite_height(path: str | Path) -> int:
+    """By the header alone; 0 where it cannot be read, so that `read_composite` tells."""
+    try:
+        with Image.open(path, formats=PHOTO_FORMATS) as image:
+            return min(image.size)  # whichever way up it is stored
+    except Exception:  # as in read_image
+        return 0
+
+
 def list_composites(folder: str | Path) -> list[Path]:
     """The composites of a folder in natural order; DatasetError with the expected layout if it has none."""
     folder, problem = Path(folder), "holds no composites"
-    if not folder.is_dir():
-        problem = "is not a folder" if folder.exists() else "is missing"
-    elif paths := list_images(folder):
-        return paths
+    try:
+        if not stat.S_ISDIR(folder.stat().st_mode):
+            problem = "is not a folder"
+        elif paths := list_images(folder):
+            return paths
+    except (FileNotFoundError, NotADirectoryError):
+        problem = "is missing"
+    except OSError as error:
+        problem = f"cannot be reached ({error.strerror})"
     raise DatasetError(
         f"{folder} {problem}. Expected: a folder with train/ and val/, each full of 256x512 composites "
         "(photo left, colour-coded label right). The data set is published as pix2pix's 'cityscapes' archive "
@@ -481,7 +499,10 @@ def list_composites(folder: str | Path) -> list[Path]:
 
 @dataclass
 class CompositeDataset(Dataset):
-    """Composites on disk, decoded and checked at every access; an item is a batch."""
+    """Composites on disk, decoded and checked at every access; an item is a batch.
+
+    Its arrays are of numpy: worker processes send tensors through /dev/shm, which containers keep small.
+    """
 
     paths: Sequence[Path]
     image_size: int  # side S of the square that photos are resized to
@@ -491,8 +512,8 @@ class CompositeDataset(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | list[Tensor], list[str]]:
-        """images uint8 (B, 3, S, S) in channels_last, labels as from `stack`, and the others' faults."""
+    def __getitem__(self, indices: Sequence[int]) -> tuple[np.ndarray, list[np.ndarray], list[str]]:
+        """images uint8 (B, S, S, 3), their B labels uint8 (h, w), and the faults of the others."""
         images, labels, problems = [], [], []
         for path in (self.paths[index] for index in indices):
             try:
@@ -506,9 +527,34 @@ class CompositeDataset(Dataset):
                 problems.append(str(error))
             else:
                 images.append(image)
-                labels.append(torch.from_numpy(label))
+                labels.append(label)
         images = np.array(images, dtype=np.uint8).reshape(-1, self.image_size, self.image_size, 3)
-        return torch.from_numpy(images).permute(0, 3, 1, 2), stack(labels), problems
+        return images, labels, problems
+
+    def kept_bytes(self) -> int:
+        """What images and labels take in memory, labels of their own size by the files' headers."""
+        if self.resize_labels:
+            return len(self) * 4 * self.image_size**2
+        return sum(3 * self.image_size**2 + composite_height(path) ** 2 for path in self.paths)
+
+    def load(self, order: Iterable[Sequence[int]], workers: int) -> Iterator[tuple]:
+        """images uint8 (B, 3, S, S) in channels_last, labels as from `stack`, and faults, a batch each.
+
+        DatasetError if the processes that read cannot be started, or one was killed.
+        """
+        project_decoder()  # built before the workers fork, so that each has it
+        loader = DataLoader(self, batch_size=None, sampler=order, num_workers=workers, collate_fn=tuple)
+        try:
+            if workers:
+                multiprocessing.Lock()  # where there can be none, a DataLoader leaves a traceback too
+            for images, labels, problems in loader:
+                images = torch.from_numpy(images).permute(0, 3, 1, 2)
+                yield images, stack([torch.from_numpy(label) for label in labels]), problems
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
+                raise
+            raise DatasetError(f"{workers} processes could not read the composites ({error}); pass "
+                               "--num_workers 0") from error
 
 
 def stack(labels: list[Tensor]) -> Tensor | list[Tensor]:
@@ -536,16 +582,14 @@ class Split:
         self.class_pixels = torch.zeros(self.composites.n_classes, dtype=torch.int64)
         kept = torch.empty((N * keep, 3, S, S), dtype=torch.uint8, memory_format=torch.channels_last)
         kept_labels, all_problems = [], []
-        project_decoder()  # built before the workers fork, so that each has it
         batches = BatchSampler(range(N), READ_BATCH, drop_last=False)
         workers = self.workers if N >= MANY_FILES else 0
-        loader = DataLoader(self.composites, batch_size=None, sampler=batches, num_workers=workers)
-        for images, labels, problems in loader:
+        for images, labels, problems in self.composites.load(batches, workers):
             for image, label in zip(images, labels):
                 self.class_pixels += torch.bincount(label.flatten(), minlength=len(self.class_pixels))
                 if keep:
                     kept[len(kept_labels)] = image
-                    kept_labels.append(label.clone())  # out of the memory shared with a worker
+                    kept_labels.append(label)
             all_problems += problems
             bar.update(len(images) + len(problems))
         if keep:
@@ -583,8 +627,7 @@ class Split:
         elif self.images is not None:
             found = ((take(self.images, indices), take(self.labels, indices), []) for indices in order)
         else:
-            found = DataLoader(self.composites, batch_size=None, sampler=order, num_workers=self.workers,
-                               pin_memory=device.type == "cuda")
+            found = self.composites.load(order, self.workers)
         for inputs, labels, problems in found:
             if problems:
                 raise DatasetError(problems[0])
@@ -604,7 +647,7 @@ def move(tensors: Tensor | list[Tensor], device: torch.device) -> Tensor | list[
         return [move(one, device) for one in tensors]
     if device.type == "cuda" and tensors.device.type == "cpu":
         tensors = tensors.pin_memory()
-    return tensors.to(device, non_blocking=True)
+    return tensors.to(device, non_blocking=device.type == "cuda")  # mps would read what is freed by then
 
 
 def storage_options(n_bytes: float, dtype: torch.dtype, free: dict[str, float]) -> list[list[str]]:
@@ -702,8 +745,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=256, metavar="PIXELS",
                         help="side of each half, %(default)s if left out")
     args = parser.parse_args(argv)
-    if args.size < 2:
-        parser.exit(2, f"dataset.py: error: --size {args.size}: expected 2 pixels or more, such as 256\n")
+    if not 2 <= args.size <= 8192:
+        parser.exit(2, f"dataset.py: error: --size {args.size}: expected 2 to 8192 pixels, such as 256\n")
     try:
         print(f"{make_composites(args.cityscapes_dir, args.output, args.size)} composites in {args.output}")
     except (DatasetError, OSError) as error:

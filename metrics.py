@@ -194,8 +194,9 @@ class SegmentationMetrics:
             if share >= 0.5:  # a cell of 0% says more as a blank
                 axes.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=7.5,
                           color="white" if share > 55 else "black")
-        axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
-        axes.set_yticks(range(len(names)), names)
+        plain = {"parse_math": False}  # a $ in a name is a dollar
+        axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor", **plain)
+        axes.set_yticks(range(len(names)), names, **plain)
         axes.set(xlabel="prediction", ylabel="truth", title="Where each class's pixels went, % of the row")
         axes.spines[:].set_visible(False)
         figure.colorbar(picture, ax=axes, shrink=0.6, label="% of the true class's pixels")

@@ -179,7 +179,7 @@ def load_features(encoder_weights: str | Path | None) -> nn.Sequential:
             block[0].weight = conv.weight
     if choice == "none":
         calibrate_batch_norms(features)
-    elif choice not in ("imagenet", "None"):
+    elif encoder_weights is not None and choice != "imagenet":
         weights = clean_state_dict(read_tensors(encoder_weights))
         weights = {key.removeprefix("features."): weights[key] for key in weights
                    if key.startswith("features.")}

@@ -131,7 +131,7 @@ def get_args_parser() -> utils.ArgumentParser:
         help="the files are composites: segment the left half and score it against the right half")
     add("--flip", action="store_true", help="average with the mirrored photo, in twice the time")
     add("--device", default="auto", metavar="auto|cpu|cuda|cuda:N|mps", help="auto prefers a GPU")
-    add("--image_size", type=utils.whole_number(32, multiple=32), metavar="PIXELS",
+    add("--image_size", type=utils.whole_number(32, 8192, multiple=32), metavar="PIXELS",
         help=f"the network's input, for a checkpoint that does not say; {DEFAULT_IMAGE_SIZE} if left out")
     return parser
 
@@ -199,8 +199,9 @@ def check_outputs(outputs: Iterable[Path]) -> None:
     for output in outputs:
         other = seen.setdefault(name_key(output), output)
         if other is not output:
-            raise utils.UserError(f"{other} and {output} would be one file where case does not count; "
-                                  "rename a photo, or segment them apart")
+            what = (f"two outputs would be one file, {output}" if other == output
+                    else f"{other} and {output} would be one file where case does not count")
+            raise utils.UserError(f"{what}; rename a photo, or segment them apart")
         if len(os.fsencode(output.name)) > NAME_BYTES:
             raise utils.UserError(f"{output}: its name has more than {NAME_BYTES} bytes; rename the photo")
         if os.path.exists(output) and not is_own(output):
@@ -285,14 +286,21 @@ def main(argv: list[str] | None = None) -> None:
         photos = find_photos(args.photos)
         masks = plan_masks(photos, args.output)
         check_outputs([*masks, *(overlay_of(mask) for mask in masks if args.overlay)])
-        segmenter = Segmenter(args.checkpoint, args.device, image_size=args.image_size, flip=args.flip)
-        if args.composite:
-            dataset.check_classes(segmenter.class_names, segmenter.palette.tolist(), args.checkpoint)
-        if not segmenter.has_config:
-            utils.say(f"{args.checkpoint} holds weights alone: taking the first {segmenter.n_classes} "
-                      f"classes of dataset.py and --image_size {segmenter.image_size}")
-        utils.make_dir(masks[0].parent, "--output")
-        segment_all(segmenter, photos, masks, args.overlay, args.composite)
+        with utils.memory_errors(partial(memory_advice, args.device)):
+            segmenter = Segmenter(args.checkpoint, args.device, image_size=args.image_size, flip=args.flip)
+            if args.composite:
+                dataset.check_classes(segmenter.class_names, segmenter.palette.tolist(), args.checkpoint)
+            if not segmenter.has_config:
+                utils.say(f"{args.checkpoint} holds weights alone: taking the first {segmenter.n_classes} "
+                          f"classes of dataset.py and --image_size {segmenter.image_size}")
+            utils.make_dir(masks[0].parent, "--output")
+            segment_all(segmenter, photos, masks, args.overlay, args.composite)
+
+
+def memory_advice(device: str) -> str:
+    """Where memory ran out, and what to try."""
+    elsewhere = "" if device == "cpu" else "--device cpu, or "
+    return f"--device {device}; try {elsewhere}again without other programs there"
 
 
 def segment_all(segmenter: Segmenter, photos: Sequence[Path], masks: Sequence[Path], overlay: bool,

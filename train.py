@@ -44,11 +44,12 @@ ENCODER_LEARNING_RATE = 0.3  # of the decoders', for --finetune_encoder: its fea
 CLASS_WEIGHT_POWER = -0.2  # a pixel counts as its class's share to this power, for the rare ones
 WARMUP = 0.05  # of all steps: fresh decoders behind trained features get large, useless gradients at first
 AVERAGED = 0.3  # share of the steps so far: the average settles, so the learning rate need not fall
-EVALUATION_BATCH = {"cpu": 4, "cuda": 16, "mps": 16}  # larger ones leave a CPU's caches
+EVALUATION_BATCH = {"cpu": 4, "cuda": 16, "mps": 16}  # at 256x256; larger ones leave a CPU's caches
 PREDICTION_SAMPLES = 4  # rows of predictions.png
 BAR_SECONDS = 1.0  # how often the host waits for the device to show loss and dice
 GRAPH_WARMUP = 3  # steps before a CUDA graph is captured: cuDNN chooses kernels, AdamW makes its state
-MEMORY_SHARE = 0.8  # of the free memory that the data may take
+MEMORY_SHARE = 0.8  # of the free memory that features may take
+READ_SHARE = 0.5  # that images and labels may take: labels are there twice while they are put together
 
 
 # --- Arguments ----------------------------------------------------------------------------------------------
@@ -72,7 +73,7 @@ def get_args_parser() -> utils.ArgumentParser:
                       help="holds train/ and val/ with composites, %(default)s if left out")
     data.add_argument("--demo", action="store_true", help="the synthetic street scenes in images/demo")
     add = recipe.add_argument
-    add("--num_epochs", type=utils.whole_number(1), default=30, metavar="N",
+    add("--num_epochs", type=utils.whole_number(1, 10**6), default=30, metavar="N",
         help="passes over train/, %(default)s if left out")
     add("--batch_size", type=utils.whole_number(1), default=4, metavar="N",
         help="images a step in each process, %(default)s if left out")
@@ -102,7 +103,7 @@ def get_args_parser() -> utils.ArgumentParser:
     add("--flip", action="store_true",
         help="with --evaluate: average with the mirrored photo, at twice the time")
     add("--output_dir", type=Path, metavar="FOLDER", help="a new folder, runs/<date-time> if left out")
-    add("--num_workers", type=utils.whole_number(0), default=utils.available_cpus(), metavar="N",
+    add("--num_workers", type=utils.whole_number(0, 512), default=utils.available_cpus(), metavar="N",
         help="processes that read composites, at the start and, with --no_cache, in every step; one a core "
              "(%(default)s) if left out")
     add("--device", default="auto", metavar="auto|cpu|cuda|cuda:N|mps",
@@ -194,8 +195,6 @@ def load_splits(names: Sequence[str], args: Namespace, runtime: Runtime) -> dict
     """
     folder, splits = args.data_dir, {}
     paths = {name: dataset.list_composites(folder / name) for name in names}
-    needed = sum(map(len, paths.values())) * 4 * args.image_size**2
-    fits = needed < MEMORY_SHARE * (utils.available_memory() or math.inf)
     for name in names:
         if name == "train" and len(paths[name]) < runtime.world_size:
             raise SharedError(f"{folder / name} holds {len(paths[name])} composites for {runtime.world_size} "
@@ -203,7 +202,11 @@ def load_splits(names: Sequence[str], args: Namespace, runtime: Runtime) -> dict
         share = paths[name][runtime.rank :: runtime.world_size]
         composites = dataset.CompositeDataset(share, args.image_size, args.num_classes,
                                               resize_labels=name == "train")
-        split = splits[name] = Split(composites, args.num_workers)
+        splits[name] = Split(composites, args.num_workers)
+    own = sum(split.composites.kept_bytes() for split in splits.values())
+    room = READ_SHARE * (utils.available_memory() or math.inf) / utils.local_share()
+    fits, needed = all(runtime.gather(own < room)), sum(runtime.gather(own))
+    for name, split in splits.items():
         with progress(f"Reading {name}", len(split), runtime) as bar:
             problems = sum(runtime.gather(split.read(fits and not args.no_cache, bar)), [])
         if problems:
@@ -237,7 +240,8 @@ def keep_features(trainer: "Trainer", splits: dict[str, Split], batch_size: int,
     free = {"cpu": MEMORY_SHARE * (utils.available_memory() or math.inf) / utils.local_share()}
     if runtime.device.type == "cuda":
         peak = trainer.trial_peak(like, batch_size)
-        free = {"cuda": MEMORY_SHARE * (torch.cuda.mem_get_info()[0] - peak)} | free
+        labels = sum(split.labels.nbytes for split in splits.values() if isinstance(split.labels, Tensor))
+        free = {"cuda": MEMORY_SHARE * (torch.cuda.mem_get_info()[0] - peak) - labels} | free
     everywhere = runtime.gather(dataset.storage_options(needed, computed, free))
     options = [option for option in everywhere[0] if all(option in others for others in everywhere)]
     gigabytes = sum(runtime.gather(needed)) / 1e9
@@ -491,7 +495,7 @@ def describe_run(args: Namespace, runtime: Runtime) -> dict:
         "void_colors": [list(map(int, color)) for color in dataset.VOID_COLORS.values()],
         "mean": list(dataset.MEAN), "std": list(dataset.STD),
         "settings": {name: getattr(args, name) for name in RECIPE} | {"data_dir": str(args.data_dir)},
-        "scored_on": {path.name: path.stat().st_size for path in scored},
+        "scored_on": {path.name: utils.file_size(path) for path in scored},
         "features": None,  # [device, dtype] where they are kept
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
                      "torchvision": torchvision.__version__},
@@ -536,7 +540,8 @@ def claimed_folder(args: Namespace, config: dict) -> Iterator[Path]:
             yield folder
         except KeyboardInterrupt as interrupt:
             if (folder / "last.pth").exists():
-                interrupt.add_note(f"go on with: python train.py --resume {folder / 'last.pth'}")
+                remedy = f"go on with: python train.py --resume {folder / 'last.pth'}"
+                interrupt.__notes__ = [remedy]  # add_note came with Python 3.11
             raise
         finally:
             if not goes_on and not (folder / "last.pth").exists():
@@ -704,7 +709,9 @@ def evaluate(network: nn.Module, split: Split, runtime: Runtime,
     n_classes = network.out.out_channels
     totals = metrics.SegmentationMetrics(n_classes, runtime.device)
     alike = torch.ones(n_classes, device=runtime.device)
-    order = BatchSampler(range(len(split)), EVALUATION_BATCH[runtime.device.type], drop_last=False)
+    n_pixels = max(split.composites.image_size, 256) ** 2  # of larger images fewer, as they take more memory
+    batch_size = max(EVALUATION_BATCH[runtime.device.type] * 256**2 // n_pixels, 1)
+    order = BatchSampler(range(len(split)), batch_size, drop_last=False)
     for inputs, labels in split.batches(order, runtime.device):
         logits = compute_logits(network, inputs, runtime)
         if flip:
@@ -766,7 +773,7 @@ def report_best(trainer: Trainer, val: Split, run: Run) -> None:
 def predict_samples(network: nn.Module, val: Split, runtime: Runtime) -> list[tuple]:
     """(image, label, predictions) of a few samples spread over a split, read from disk as far as possible."""
     indices = np.linspace(0, len(val) - 1, min(PREDICTION_SAMPLES, len(val))).round().astype(int)
-    images, labels, _ = val.composites[indices.tolist()]
+    images, labels, _ = next(val.composites.load([indices.tolist()], workers=0))
     with torch.inference_mode():
         logits = compute_logits(network, images.to(runtime.device), runtime)
     predictions = [metrics.score_stretched(one, label.shape)[0] for one, label in zip(logits, labels)]
@@ -852,44 +859,37 @@ def train_network(network: models.EfficientSegNet, run: Run, checkpoint: dict | 
     report_best(trainer, splits["val"], run)
 
 
-@contextlib.contextmanager
-def memory_errors(config: dict, args: Namespace) -> Iterator[None]:
-    """Turn what a device raises when its memory runs out into a UserError with what to try first."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not known and "allocate memory" not in str(error):
-            raise
-        cause, remedies = f"--image_size {args.image_size}", []
-        if not args.evaluate:
-            cause += f", --batch_size {args.batch_size}"
-            if config["features"] and config["features"][0] == "cuda":
-                remedies.append("--no_cache (the features lie there)")
-            if args.batch_size > 1:
-                remedies.append(f"--batch_size {args.batch_size // 2}")
-        if not remedies and args.image_size > 32:
-            remedies.append(f"--image_size {args.image_size // 64 * 32}")
-        remedy = ", or ".join(remedies) or "again without other programs"
-        raise UserError(f"the device ran out of memory at {cause}; try {remedy}") from error
+def memory_advice(config: dict, args: Namespace) -> str:
+    """At what memory ran out, and what to try first."""
+    cause, remedies = f"--image_size {args.image_size}", []
+    if not args.evaluate:
+        cause += f", --batch_size {args.batch_size}"
+        if (config.get("features") or [None])[0] == "cuda":
+            remedies.append("--no_cache (the features lie there)")
+        if args.batch_size > 1:
+            remedies.append(f"--batch_size {args.batch_size // 2}")
+    if not remedies and args.image_size > 32:
+        remedies.append(f"--image_size {args.image_size // 64 * 32}")
+    return f"{cause}; try " + ", or ".join([*remedies, "again without other programs there"])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; SystemExit with status 1 and one line on stderr for what a user can put right."""
     with utils.user_errors(dataset.DatasetError, models.WeightsError), utils.stoppable():
         args, checkpoint = parse_args(argv)
-        runtime = Runtime.start(args.device, args.amp)
-        runtime.log(f"Device      {runtime}")
-        if checkpoint and not args.continues:
-            start = "a new run starts from its weights; " if args.resume else ""
-            own_size = checkpoint["config"].get("image_size") == args.image_size
-            known = ("classes and image size are its own" if own_size else
-                     f"taking the first {args.num_classes} of CLASSES and --image_size {args.image_size}")
-            runtime.log(f"Checkpoint  {args.resume or args.evaluate}: {start}{known}")
-        config = describe_run(args, runtime)
-        network = build_network(args, checkpoint, runtime)
-        config["settings"]["encoder_weights"] = args.encoder_weights  # as they were to be had
-        with memory_errors(config, args), contextlib.ExitStack() as claimed:
+        config = {}  # filled as it becomes known
+        with utils.memory_errors(partial(memory_advice, config, args)), contextlib.ExitStack() as claimed:
+            runtime = Runtime.start(args.device, args.amp)
+            runtime.log(f"Device      {runtime}")
+            if checkpoint and not args.continues:
+                start = "a new run starts from its weights; " if args.resume else ""
+                own_size = checkpoint["config"].get("image_size") == args.image_size
+                known = ("classes and image size are its own" if own_size else
+                         f"taking the first {args.num_classes} of CLASSES and --image_size {args.image_size}")
+                runtime.log(f"Checkpoint  {args.resume or args.evaluate}: {start}{known}")
+            config |= describe_run(args, runtime)
+            network = build_network(args, checkpoint, runtime)
+            config["settings"]["encoder_weights"] = args.encoder_weights  # as they were to be had
             if args.evaluate:
                 val = load_splits(["val"], args, runtime)["val"]
                 totals = evaluate(models.fold_batch_norms(network), val, runtime, args.flip)

@@ -94,11 +94,13 @@ def whole_number(lowest: int, highest: float = math.inf, multiple: int = 1) -> C
 
 
 def positive_float(text: str) -> float:
-    """An argparse type: finite numbers above 0."""
+    """An argparse type: numbers above 0 that float32 holds."""
+    limits = torch.finfo(torch.float32)
     with contextlib.suppress(ValueError):
-        if 0 < float(text) < math.inf:
+        if limits.tiny <= float(text) <= limits.max:
             return float(text)
-    raise argparse.ArgumentTypeError(f"{text}: expected a number above 0, such as 0.001")
+    raise argparse.ArgumentTypeError(f"{text}: expected a number above 0 that float32 holds, "
+                                     "such as 0.001")
 
 
 @contextlib.contextmanager
@@ -143,6 +145,18 @@ def progress_bar(*args, disable: bool = False, **options) -> tqdm:
     except (AttributeError, ValueError):
         disable = True
     return tqdm(*args, leave=False, disable=disable, **options)
+
+
+@contextlib.contextmanager
+def memory_errors(advice: Callable[[], str]) -> Iterator[None]:
+    """Turn what is raised when memory runs out into a UserError; `advice` says at what, and what to try."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not known and not re.search("allocate memory|out of memory", str(error)):
+            raise
+        raise UserError(f"the device ran out of memory at {advice()}") from error
 
 
 @contextlib.contextmanager
@@ -236,8 +250,9 @@ def select_device(name: str) -> torch.device:
     if index >= n_gpus:
         raise UserError(f"--device {name}: there are {n_gpus} GPUs, numbered from 0; pass a lower number or "
                         "start fewer processes")
-    check_gpu_architecture(torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index),
-                           torch.cuda.get_arch_list())
+    if not torch.version.hip:  # AMD's architectures have other names
+        check_gpu_architecture(torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index),
+                               torch.cuda.get_arch_list())
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
@@ -376,6 +391,13 @@ def write_file(path: str | Path, content: bytes | memoryview, *,
                         "What was there before is whole") from error
     finally:
         remove([temporary])  # still there after an error or Ctrl-C
+
+
+def file_size(path: Path) -> int | None:
+    """In bytes; None if it cannot be had."""
+    with contextlib.suppress(OSError):
+        return path.stat().st_size
+    return None
 
 
 def temporary_name(path: Path) -> Path:
@@ -532,5 +554,7 @@ def plot_predictions(samples: Sequence[tuple], names: Sequence[str], palette: np
     for axes, title in zip(grid[0], ("photo", "truth", "prediction")):
         axes.set_title(title)
     handles = [Patch(facecolor=palette[i] / 255, edgecolor="0.3", label=names[i]) for i in present]
-    figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
+    legend = figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a $ in a name is a dollar
     return figure

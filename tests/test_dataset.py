@@ -1,5 +1,6 @@
 """dataset.py: composites checked, read, kept and served, augmentation that moves photo and label together."""
 import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 import dataset
-from conftest import HEIGHT
+from conftest import FORKSERVER, HEIGHT
 from dataset import CompositeDataset, DatasetError, Split
 from draw_demo import draw_scene, write_composite
 
@@ -143,7 +144,7 @@ def test_ids_beyond_the_number_of_classes_are_named(scenes):
 
 
 @pytest.mark.parametrize("folder, words", [("train", "holds no composites"), ("val", "is missing"),
-                                           ("file", "is not a folder")])
+                                           ("file", "is not a folder"), ("x" * 300, "cannot be reached")])
 def test_missing_folders_name_the_layout_and_the_sources(tmp_path, folder, words):
     (tmp_path / "train").mkdir()
     (tmp_path / "file").write_text("")
@@ -206,6 +207,44 @@ def test_labels_of_several_sizes_are_served_as_they_are(own_scenes, keep):
     ((images, labels),) = split.batches([[0, 1]], CPU)
     assert images.shape == (2, 3, 64, 64)
     assert [tuple(label.shape) for label in labels] == [(HEIGHT, HEIGHT), (320, 320)]
+
+
+@pytest.mark.parametrize("resize_labels", [True, False])
+def test_what_is_kept_is_known_before_it_is_read(own_scenes, resize_labels):
+    composite = Image.open(own_scenes / "val" / "2.jpg").resize((640, 320), Image.Resampling.NEAREST)
+    composite.save(own_scenes / "val" / "2.jpg", quality=95)
+    split = make_split(own_scenes / "val", resize_labels=resize_labels)
+    needed = split.composites.kept_bytes()
+    read(split)
+    assert needed == split.images.nbytes + sum(label.nbytes for label in split.labels)
+    (own_scenes / "val" / "1.jpg").write_bytes(b"damaged")
+    assert split.composites.kept_bytes() == needed - (0 if resize_labels else HEIGHT**2)
+
+
+def read_without_shared_memory(folder):
+    """A worker's shared memory is a file: none over a megabyte, as in a container."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))
+    composites = CompositeDataset(dataset.list_composites(folder), 512, 20, resize_labels=False)
+    ((images, labels, problems),) = composites.load([range(8)], workers=1)
+    assert images.shape == (8, 3, 512, 512) and labels.shape == (8, HEIGHT, HEIGHT) and not problems
+
+
+def test_workers_need_no_shared_memory(scenes):
+    process = FORKSERVER.Process(target=read_without_shared_memory, args=[scenes / "train"])
+    process.start()
+    process.join(60)
+    process.kill()  # where it waits for a worker that has failed
+    assert process.exitcode == 0
+
+
+@pytest.mark.parametrize("error", [OSError("no /dev/shm"), RuntimeError("DataLoader worker (pid 7) died")])
+def test_processes_that_cannot_read_are_told_in_a_line(error, scenes, monkeypatch):
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr(dataset.DataLoader, "__iter__", fail)
+    with pytest.raises(DatasetError, match="--num_workers 0"):
+        make_split(scenes / "val").read(True, tqdm(disable=True))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -88,6 +88,7 @@ def test_colours_one_level_apart_are_told_apart_where_they_are_exact():
     (CLASSES, {"mud": (70, 70, 70)}, "'building' and 'mud' have the same colour"),
     ((*CLASSES, SegmentationClass("mud", (0, 0, 256))), {}, "'mud'"),
     ((*CLASSES, SegmentationClass("mud", (0, 0))), {}, "'mud'"),
+    ((*CLASSES, SegmentationClass(20, (0, 0, 255))), {}, "name 20 is no text"),
     (CLASSES, {"mud": (0.5, 0, 0)}, "'mud'"),
 ])
 def test_a_faulty_table_is_refused_in_one_line(classes, void_colors, words):

@@ -138,6 +138,10 @@ def refuse(number, only=""):
     ("--learning_rate", "nan", "above 0"),
     ("--learning_rate", "inf", "above 0"),
     ("--learning_rate", "fast", "above 0"),
+    ("--learning_rate", "1e39", "above 0 that float32 holds"),
+    ("--learning_rate", "1e-46", "above 0 that float32 holds"),
+    ("--num_epochs", 10**14, "at most 1000000"),
+    ("--num_workers", 10**6, "at most 512"),
     ("--amp", "fp8", "bf16"),
 ])
 def test_values_out_of_range(flag, value, expected, fails):
@@ -230,6 +234,10 @@ def damaged_val(folder):
     (folder / "val" / "1.jpg").write_bytes(b"damaged")
 
 
+def dangling_val(folder):
+    (folder / "val" / "3.jpg").symlink_to(folder / "gone.jpg")
+
+
 def split_itself(folder):
     """The pictures lie in the folder, not in train/ and val/."""
     shutil.move(folder / "train", folder.parent / "pictures")
@@ -243,6 +251,7 @@ def split_itself(folder):
     (no_val, ["data/val", "is missing"]),
     (empty_val, ["data/val", "holds no composites"]),
     (damaged_val, ["data/val/1.jpg", "replace or remove it"]),
+    (dangling_val, ["data/val/3.jpg", "no such file"]),
     (split_itself, ["is missing", "train/ and val/"]),
 ], ids=lambda value: getattr(value, "__name__", ""))
 def test_data_that_are_not_as_expected_leave_the_folder_free(damage, words, own_tiny, tmp_path, fails):
@@ -589,6 +598,10 @@ def test_an_image_size_that_is_given_is_not_called_the_checkpoints_own(flag, run
     train.main([flag, str(run / "best.pth"), "--image_size", "96", *more, "--device", "cpu"])
     output = capsys.readouterr().out
     assert "at 96x96" in output and "image size are its own" not in output
+
+
+def test_encoder_weights_of_an_unknown_name_are_taken_for_a_file(tiny, tmp_path, fails):
+    fails(train.main, arguments(tiny, tmp_path / "run", "--encoder_weights", "None"), "None cannot be read")
 
 
 def test_encoder_weights_are_those_of_the_checkpoint(finished, tiny, tmp_path, capsys):
@@ -1238,13 +1251,17 @@ def out_of_memory(monkeypatch):
 @pytest.mark.parametrize("error", [
     MemoryError(),
     RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
-], ids=["Python", "torch"])
-def test_a_cpu_runs_out_of_memory_too(error, tiny, tmp_path, fails, monkeypatch):
+    RuntimeError("CUDA error: out of memory"),  # another program has taken it all
+], ids=["Python", "torch", "driver"])
+@pytest.mark.parametrize("place", ["to", "decode"])
+def test_memory_runs_out_in_other_places_too(error, place, tiny, tmp_path, finished, fails, monkeypatch):
     def fail(*args, **options):
         raise error
 
-    monkeypatch.setattr(models.EfficientSegNet, "decode", fail)
+    monkeypatch.setattr(models.EfficientSegNet, place, fail)
     fails(train.main, arguments(tiny, tmp_path / "run", "--batch_size", 6), "memory", "try --batch_size 3")
+    argv = [tiny / "val" / "1.jpg", "--checkpoint", finished / "best.pth", "--output", tmp_path / "mask.png"]
+    fails(predict.main, argv, "out of memory", "try --device cpu, or again")
 
 
 def test_out_of_memory_names_a_batch_that_may_fit(out_of_memory, tiny, tmp_path, fails):

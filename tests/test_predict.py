@@ -470,7 +470,7 @@ def arrange(folder, name):
             ["masks/x_overlay.png", "one file"],
         ),
         (["in/x.jpg", "out/x.png"], ["in", "--output", "out"], ["out/x.png is there"]),
-        (["a/x.jpg", "b/x.jpg"], ["a", "b", "--output", "masks"], ["masks/x.jpg.png", "one file"]),
+        (["a/x.jpg", "b/x.jpg"], ["a", "b", "--output", "masks"], ["one file, masks/x.jpg.png"]),
         (["a/x.jpg", "b/X.jpg"], ["a", "b", "--output", "masks"], ["X.jpg.png", "where case does not count"]),
         (["a/\u00e9.jpg", "b/e\u0301.jpg"], ["a", "b", "--output", "masks"], ["one file"]),
         (

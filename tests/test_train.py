@@ -152,11 +152,12 @@ def test_kept_features_and_encoding_in_every_step_give_the_same_figures(scenes, 
 
 @pytest.mark.parametrize("available, words", [
     (10_000, "do not fit in memory"),
-    (400_000, "fit nowhere: the encoder runs in every step"),
+    (2_200_000, "fit nowhere: the encoder runs in every step"),  # images 1.0 MB, features in float16 2.0
 ])
 def test_short_memory_keeps_less_and_says_so(scenes, tmp_path, capsys, monkeypatch, available, words):
     monkeypatch.setattr(utils, "available_memory", lambda: available)
-    train.main(arguments(scenes, tmp_path / "run", "--num_epochs", 1, "--num_workers", 0))
+    argv = arguments(scenes, tmp_path / "run", "--num_epochs", 1, "--num_workers", 0)
+    train.main([*argv, "--image_size", "128"])
     assert words in capsys.readouterr().out
 
 
@@ -627,8 +628,9 @@ def test_two_ranks_with_batch_two_take_the_step_of_one_with_batch_four(tmp_path)
 
 
 def note_what_is_read(argv):
-    """Train, and write down which composites this rank read and how many it kept."""
+    """Train, and write down which composites this rank read; rank 2 has too little memory to keep its own."""
     folder, real = Path(argv[0]), dataset.Split.read
+    utils.available_memory = lambda: 10_000 if os.environ["RANK"] == "2" else 10**9
     def read(self, keep, bar):
         rank = os.environ["RANK"]
         with open(folder / f"read{rank}", "a") as file:
@@ -640,14 +642,15 @@ def note_what_is_read(argv):
 
 
 def test_each_rank_reads_its_own_share_and_none_is_left_out(scenes, tmp_path):
-    argv = [tmp_path, *arguments(scenes, tmp_path / "run", "--num_epochs", 1, "--batch_size", 2)]
+    argv = [tmp_path, *arguments(scenes, tmp_path / "run", "--num_epochs", 1, "--batch_size", 2,
+                                 "--num_workers", 0)]
     statuses, logs = run_ranks(note_what_is_read, argv, 3, tmp_path)
     assert statuses == [0, 0, 0], logs
     shares = [(tmp_path / f"read{rank}").read_text().split() for rank in range(3)]
     composites = [f"{path.parent.name}/{path.name}" for path in scenes.rglob("*.jpg")]
     assert sorted(sum(shares, [])) == sorted(composites)
     assert [sum("train" in name for name in share) for share in shares] == [3, 3, 2]
-    assert "1 epochs of 1 steps, 2 x 3 = 6 images a step" in logs[0]
+    assert "1 epochs of 1 steps, 2 x 3 = 6 images a step" in logs[0] and "do not fit in memory" in logs[0]
 
 
 def test_steps_are_those_of_the_smallest_share_and_left_over_images_change():

@@ -199,7 +199,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
         utils.make_dir(tmp_path / "file" / "below", "--output")
 
 
-NAMES = [f"class {i}" for i in range(20)]
+NAMES = [f"class {i}" for i in range(19)] + ["$_$"]  # no formula
 COLORS = np.random.default_rng(0).integers(256, size=(20, 3), dtype=np.uint8)
 
 
