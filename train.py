@@ -241,7 +241,7 @@ def keep_features(trainer: "Trainer", splits: dict[str, Split], batch_size: int,
     if runtime.device.type == "cuda":
         peak = trainer.trial_peak(like, batch_size)
         labels = sum(split.labels.nbytes for split in splits.values() if isinstance(split.labels, Tensor))
-        free = {"cuda": MEMORY_SHARE * (torch.cuda.mem_get_info()[0] - peak) - labels} | free
+        free = {"cuda": max(MEMORY_SHARE * (torch.cuda.mem_get_info()[0] - peak) - labels, 0)} | free
     everywhere = runtime.gather(dataset.storage_options(needed, computed, free))
     options = [option for option in everywhere[0] if all(option in others for others in everywhere)]
     gigabytes = sum(runtime.gather(needed)) / 1e9
