@@ -1,4 +1,5 @@
 """dataset.py: composites checked, read, kept and served, augmentation that moves photo and label together."""
+import multiprocessing
 import os
 import resource
 import shutil
@@ -224,6 +225,7 @@ def test_what_is_kept_is_known_before_it_is_read(own_scenes, resize_labels):
 def read_without_shared_memory(folder):
     """A worker's shared memory is a file: none over a megabyte, as in a container."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))
+    multiprocessing.set_start_method("fork", force=True)  # a second fork server would take 5 s
     composites = CompositeDataset(dataset.list_composites(folder), 512, 20, resize_labels=False)
     ((images, labels, problems),) = composites.load([range(8)], workers=1)
     assert images.shape == (8, 3, 512, 512) and labels.shape == (8, HEIGHT, HEIGHT) and not problems
