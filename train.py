@@ -204,7 +204,7 @@ def load_splits(names: Sequence[str], args: Namespace, runtime: Runtime) -> dict
                                               resize_labels=name == "train")
         splits[name] = Split(composites, args.num_workers)
     own = sum(split.composites.kept_bytes() for split in splits.values())
-    room = READ_SHARE * (utils.available_memory() or math.inf) / utils.local_share()
+    room = READ_SHARE * utils.memory_share()
     fits, needed = all(runtime.gather(own < room)), sum(runtime.gather(own))
     for name, split in splits.items():
         with progress(f"Reading {name}", len(split), runtime) as bar:
@@ -237,7 +237,7 @@ def keep_features(trainer: "Trainer", splits: dict[str, Split], batch_size: int,
     runtime, n_images = trainer.runtime, sum(map(len, splits.values()))
     like = trainer.encode(splits["train"].images[:1])
     needed, computed = n_images * sum(one.nbytes for one in like), like[0].dtype
-    free = {"cpu": MEMORY_SHARE * (utils.available_memory() or math.inf) / utils.local_share()}
+    free = {"cpu": MEMORY_SHARE * utils.memory_share()}
     if runtime.device.type == "cuda":
         peak = trainer.trial_peak(like, batch_size)
         labels = sum(split.labels.nbytes for split in splits.values() if isinstance(split.labels, Tensor))

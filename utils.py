@@ -210,20 +210,30 @@ def available_cpus() -> int:
     return max(cores // local_share(), 1)
 
 
-def available_memory(root: Path = Path("/")) -> int | None:
-    """Bytes to be had without swapping or exceeding a container's limit; None if the system does not tell."""
+def memory_share() -> float:
+    """Bytes of host memory that this process may take beside its neighbours, as `available_memory`."""
+    return available_memory() / local_share()
+
+
+def available_memory(root: Path = Path("/")) -> float:
+    """Bytes to be had without swapping or exceeding the limit of a container or a job of a scheduler.
+
+    inf if the system does not tell.
+    """
     try:
         memory = re.search(r"^MemAvailable: +(\d+) kB", (root / "proc/meminfo").read_text(), re.MULTILINE)
         available = int(memory[1]) * 1024
+        groups = (root / "proc/self/cgroup").read_text()
     except (OSError, TypeError):  # not Linux
-        return None
-    try:
-        limit, used, details = ((root / "sys/fs/cgroup" / name).read_text()
-                                for name in ("memory.max", "memory.current", "memory.stat"))
-        file_cache = re.findall(r"^inactive_file (\d+)", details, re.MULTILINE)  # given up in need
-        return min(available, int(limit) - int(used) + sum(map(int, file_cache)))
-    except (OSError, ValueError):  # no container, an old one, or one whose limit is "max"
-        return available
+        return math.inf
+    own = root / "sys/fs/cgroup" / "".join(re.findall(r"^0::/(.*)", groups, re.MULTILINE))
+    for group in (own, *own.parents):  # a limit holds for all groups below it
+        with contextlib.suppress(OSError, ValueError):  # no control group, or one whose limit is "max"
+            limit, used, details = ((group / name).read_text()
+                                    for name in ("memory.max", "memory.current", "memory.stat"))
+            file_cache = re.findall(r"^inactive_file (\d+)", details, re.MULTILINE)  # given up in need
+            available = min(available, int(limit) - int(used) + sum(map(int, file_cache)))
+    return available
 
 
 def select_device(name: str) -> torch.device:

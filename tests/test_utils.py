@@ -1,4 +1,5 @@
 """utils.py: arguments, devices, files that are whole at every moment, pictures."""
+import math
 import os
 import threading
 
@@ -155,20 +156,26 @@ def test_new_folders_get_a_number_where_their_name_is_taken(tmp_path):
     assert made == ["now", "now-2", "now-3"]
 
 
-def test_available_memory_is_what_the_machine_and_its_container_leave(tmp_path):
-    assert utils.available_memory(tmp_path) is None
-    (tmp_path / "proc").mkdir()
-    meminfo = "MemTotal:  9000 kB\nMemFree:  100 kB\nMemAvailable:    8000 kB\n"
-    (tmp_path / "proc" / "meminfo").write_text(meminfo)
+def test_available_memory_is_what_the_machine_its_container_and_a_job_leave(tmp_path):
+    def write(folder, **files):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (tmp_path / folder / name.replace("_", ".", 1)).write_text(text)
+
+    assert utils.available_memory(tmp_path) == math.inf
+    write("proc/self", cgroup="1:name=systemd:/\n")
+    write("proc", meminfo="MemTotal:  9000 kB\nMemFree:  100 kB\nMemAvailable:    8000 kB\n")
     assert utils.available_memory(tmp_path) == 8000 * 1024
-    cgroup = tmp_path / "sys" / "fs" / "cgroup"
-    cgroup.mkdir(parents=True)
-    for name, text in (("memory.max", "max\n"), ("memory.current", "3000000\n"),
-                       ("memory.stat", "anon 5\ninactive_file 1000000\n")):
-        (cgroup / name).write_text(text)
+    used = {"memory_current": "3000000\n", "memory_stat": "anon 5\ninactive_file 1000000\n"}
+    write("sys/fs/cgroup", memory_max="max\n", **used)
     assert utils.available_memory(tmp_path) == 8000 * 1024
-    (cgroup / "memory.max").write_text("5000000\n")
+    write("sys/fs/cgroup", memory_max="5000000\n", **used)
     assert utils.available_memory(tmp_path) == 3_000_000
+    write("proc/self", cgroup="1:name=systemd:/\n0::/slurm/job_7/task\n")
+    write("sys/fs/cgroup/slurm/job_7/task", memory_max="max\n", **used)
+    assert utils.available_memory(tmp_path) == 3_000_000
+    write("sys/fs/cgroup/slurm/job_7", memory_max="4000000\n", **used)
+    assert utils.available_memory(tmp_path) == 2_000_000
 
 
 def test_stopping_works_outside_the_main_thread(capsys):
