@@ -571,22 +571,21 @@ class Split:
     images: Tensor | None = None  # uint8 (N, 3, S, S) in channels_last
     features: list[Tensor] | None = None  # the encoder's five maps, each (N, C, h, w) in channels_last
     labels: Tensor | list[Tensor] | None = None  # of either, uint8 (N, h, w), or N of (h, w) if sizes differ
-    class_pixels: Tensor | None = None  # once read, how often each class occurs, int64 (n_classes,)
+    has_foreground: bool = False  # once read, whether any pixel is more than background
 
     def __len__(self) -> int:
         return len(self.composites)
 
     def read(self, keep: bool, bar: tqdm) -> list[str]:
-        """Read and check every composite, count its pixels, keep it if asked; the faults, a line a file."""
+        """Read and check every composite, keep it if asked; the faults, a line a file."""
         N, S = len(self), self.composites.image_size
-        self.class_pixels = torch.zeros(self.composites.n_classes, dtype=torch.int64)
         kept = torch.empty((N * keep, 3, S, S), dtype=torch.uint8, memory_format=torch.channels_last)
         kept_labels, all_problems = [], []
         batches = BatchSampler(range(N), READ_BATCH, drop_last=False)
         workers = self.workers if N >= MANY_FILES else 0
         for images, labels, problems in self.composites.load(batches, workers):
             for image, label in zip(images, labels):
-                self.class_pixels += torch.bincount(label.flatten(), minlength=len(self.class_pixels))
+                self.has_foreground |= bool(label.any())
                 if keep:
                     kept[len(kept_labels)] = image
                     kept_labels.append(label)

@@ -17,14 +17,14 @@ BACKGROUND = 0  # the one class that the official Cityscapes scoring leaves out
 MAX_COUNT = 2**24  # float32 counts exactly up to here
 
 
-class CrossEntropy(torch.autograd.Function):
-    """Softmax cross entropy with one float32 array of the logits' size, in which the gradient is written too.
+class SegmentationLoss(torch.autograd.Function):
+    """Cross entropy + soft Dice loss with one float32 array of the logits' size, their softmax.
 
-    torch's own keeps a float32 copy of the logits, their logarithmic softmax and its gradient.
+    torch's own cross entropy keeps a float32 copy of the logits, their logarithmic softmax and its gradient.
     """
 
     @staticmethod
-    def forward(ctx, logits: Tensor, labels: Tensor, class_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         C = logits.shape[1]
         # One plane a class: sums and maxima over classes run along whole planes.
         scores = logits.to(torch.float32, memory_format=torch.contiguous_format, copy=True)  # (B, C, H, W)
@@ -34,31 +34,68 @@ class CrossEntropy(torch.autograd.Function):
         ranks = torch.arange(C, 0, -1, dtype=torch.uint8, device=scores.device).view(1, C, 1, 1)
         predictions = C - ((scores == top) * ranks).amax(1).clamp_(min=1)  # NaN is no maximum
         sums = scores.sub_(top).exp_().sum(1, keepdim=True)
-        losses = sums.log() + top - true_scores  # (B, 1, H, W)
-        pixel_weights = class_weights[index]
-        ctx.save_for_backward(scores.div_(sums), index, pixel_weights)  # the softmax
+        cross_entropy = (sums.log() + top - true_scores).mean()
+        softmax = scores.div_(sums)
+        in_training = ctx.needs_input_grad[0]
+        n_ranks = dist.get_world_size() if in_training and dist.is_initialized() else 1
+        dice_loss, *saved = soft_dice_loss(softmax, index, n_ranks)
+        ctx.save_for_backward(softmax, index, *saved)
         ctx.dtype = logits.dtype
-        mean = losses.mean()
-        ctx.mark_non_differentiable(mean, predictions)
-        return (pixel_weights * losses).mean(), mean, predictions
+        ctx.mark_non_differentiable(cross_entropy, predictions)
+        return cross_entropy + dice_loss, cross_entropy, predictions
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor, *_: Tensor) -> tuple[Tensor, None, None]:
-        softmax, index, pixel_weights = ctx.saved_tensors
-        softmax.scatter_add_(1, index, softmax.new_full(index.shape, -1))
-        softmax.mul_(pixel_weights * (grad / pixel_weights.numel()))  # in float32, fp16's loss scale included
-        return softmax.to(ctx.dtype).contiguous(memory_format=torch.channels_last), None, None
+    def backward(ctx, grad: Tensor, *_: Tensor) -> tuple[Tensor, None]:
+        softmax, index, slopes, true_slopes = ctx.saved_tensors
+        per_pixel = grad / index.numel()  # all in float32, fp16's loss scale included
+        slopes, true_slopes = grad * slopes, grad * true_slopes
+        mean_slopes = (slopes @ softmax.flatten(2)).view_as(true_slopes) + true_slopes  # over classes
+        softmax.mul_(slopes.view(1, -1, 1, 1) + (per_pixel - mean_slopes))
+        softmax.scatter_add_(1, index, true_slopes - per_pixel)
+        return softmax.to(ctx.dtype).contiguous(memory_format=torch.channels_last), None
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, class_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross entropy of logits (B, C, H, W) of any float dtype and integer labels (B, H, W), in float32.
+def soft_dice_loss(softmax: Tensor, index: Tensor, n_ranks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """1 - mean Dice of the classes present, probabilities counting in the place of predictions.
+
+    softmax is float32 (B, C, H, W), index int64 (B, 1, H, W) the true classes. So many ranks count together,
+    which take the step of one with all their images then.
 
     Returns:
-        the training loss, a pixel weighted as `class_weights`, float32 (C,), say, to be differentiated once;
-        the mean loss per pixel without weights; and predictions uint8 (B, H, W), equal to logits.argmax(1).
+        the loss; its derivatives by a probability of each class, (C,); and what those of the true classes
+        have beside that, times the probability, (B, 1, H, W).
     """
-    return CrossEntropy.apply(logits, labels, class_weights)
+    B, C, H, W = softmax.shape
+
+    def sum_by_class(values: Tensor) -> Tensor:  # row by row: a GPU's threads would queue at C cells
+        rows = values.new_zeros(B * H, C)
+        return rows.scatter_add_(1, index.reshape(B * H, W), values.reshape(B * H, W)).sum(0)
+
+    confidence = softmax.gather(1, index)
+    counts = torch.stack([sum_by_class(confidence), sum_by_class(torch.ones_like(confidence)),
+                          softmax.sum((0, 2, 3))])
+    if n_ranks > 1:
+        dist.all_reduce(counts)
+    hits, truth, predicted = counts  # each (C,)
+    sizes, n_present = (truth + predicted).clamp(min=1), (truth > 0).sum()
+    dice = 2 * hits / sizes
+    factor = n_ranks / n_present  # as the gradient will be the mean over ranks
+    return 1 - dice.sum() / n_present, factor * dice / sizes, confidence * (-2 * factor / sizes)[index]
+
+
+def segmentation_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss of logits (B, C, H, W) of any float dtype and integer labels (B, H, W), in float32.
+
+    Cross entropy sees pixels, and so hardly sees a rare class; the Dice of each class in the batch, of
+    probabilities in the place of predictions, counts as much for a small one (after Milletari et al., 2016,
+    arXiv:1606.04797, and for the sum Isensee et al., 2018, arXiv:1809.10486).
+
+    Returns:
+        mean cross entropy per pixel + 1 - mean soft Dice of the classes present, to be differentiated once;
+        the mean cross entropy alone; and predictions uint8 (B, H, W), equal to logits.argmax(1).
+    """
+    return SegmentationLoss.apply(logits, labels)
 
 
 @torch.no_grad()

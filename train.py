@@ -41,7 +41,6 @@ EVALUATION_FLAGS = {"evaluate", "data_dir", "demo", "num_classes", "image_size",
                     "amp", "flip"}
 WEIGHT_DECAY = 0.01  # AdamW's default
 ENCODER_LEARNING_RATE = 0.3  # of the decoders', for --finetune_encoder: its features are good already
-CLASS_WEIGHT_POWER = -0.2  # a pixel counts as its class's share to this power, for the rare ones
 WARMUP = 0.05  # of all steps: fresh decoders behind trained features get large, useless gradients at first
 AVERAGED = 0.3  # share of the steps so far: the average settles, so the learning rate need not fall
 EVALUATION_BATCH = {"cpu": 4, "cuda": 16, "mps": 16}  # at 256x256; larger ones leave a CPU's caches
@@ -212,8 +211,7 @@ def load_splits(names: Sequence[str], args: Namespace, runtime: Runtime) -> dict
         if problems:
             others = f" (and {len(problems) - 1} other composites have problems)" if len(problems) > 1 else ""
             raise SharedError(problems[0] + others)
-        split.class_pixels = sum(runtime.gather(split.class_pixels))
-        if not split.class_pixels[1:].any():
+        if not any(runtime.gather(split.has_foreground)):
             raise SharedError(f"{folder / name}: every pixel of its labels is {dataset.CLASSES[0].name}; are "
                               "they labels in the colours of CLASSES in dataset.py?")
     how = ("decoded in every step" if args.no_cache else f"{needed / 1e9:.2f} GB in memory" if fits
@@ -294,22 +292,20 @@ class Trainer:
 
     Args:
         network: on the runtime's device, with its weights; the same on every rank.
-        class_weights: float32 (n_classes,), what a pixel of each class counts in the loss.
         learning_rate: the decoders', once warm.
         n_steps: of the whole run.
     """
 
-    def __init__(self, network: models.EfficientSegNet, class_weights: Tensor, learning_rate: float,
-                 n_steps: int, runtime: Runtime) -> None:
+    def __init__(self, network: models.EfficientSegNet, learning_rate: float, n_steps: int,
+                 runtime: Runtime) -> None:
         self.network, self.runtime, self.n_steps, self.steps_done = network, runtime, n_steps, 0
-        self.class_weights = class_weights.to(runtime.device)
         self.encoder = network
         if not network.finetune_encoder:
             self.encoder = models.fold_batch_norms(copy.deepcopy(network))
         self.decode = network.decode
         self.generator: torch.Generator | None = None  # of augmentation
         self.learning_rate = 0.0  # the decoders', in the last step
-        self.figures = metrics.SegmentationMetrics(len(class_weights), runtime.device)
+        self.figures = metrics.SegmentationMetrics(network.out.out_channels, runtime.device)
         self.trained = {key: value for key, value in network.state_dict().items() if value.is_floating_point()
                         and (network.finetune_encoder or not key.startswith("encoder"))}
         self.average = {key: value.clone() for key, value in self.trained.items()}
@@ -357,14 +353,14 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         features = self.encode(*inputs) if self.network.finetune_encoder else inputs
         logits = decode_kept(self.decode, features, self.runtime)
-        loss, plain_loss, predictions = metrics.cross_entropy(logits, labels, self.class_weights)
+        loss, cross_entropy, predictions = metrics.segmentation_loss(logits, labels)
         self.scaler.scale(loss).backward()
         self.average_gradients()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         for key, average in self.average.items():
             average.lerp_(self.trained[key], self.averaging_rate)
-        self.figures.update(predictions, labels, plain_loss)
+        self.figures.update(predictions, labels, cross_entropy)
 
     def fold(self, tensors: dict[str, Tensor]) -> models.EfficientSegNet:
         """A copy of the network for evaluation, with these in place of what is trained."""
@@ -389,7 +385,7 @@ class Trainer:
         """Bytes of GPU memory that a step takes beside what is there, tried on a copy of the network."""
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        twin = Trainer(copy.deepcopy(self.network), self.class_weights, 1.0, 1, self.runtime)
+        twin = Trainer(copy.deepcopy(self.network), 1.0, 1, self.runtime)
         _, _, H, W = like[0].shape
         labels = torch.zeros((batch_size, 4 * H, 4 * W), dtype=torch.uint8, device=self.runtime.device)
         twin._update(*(one.expand(batch_size, -1, -1, -1) for one in like), labels)
@@ -706,9 +702,7 @@ def evaluate(network: nn.Module, split: Split, runtime: Runtime,
     The network is as fold_batch_norms returns it; `flip` averages the logits with those of the mirrored
     images, which must not be kept as features.
     """
-    n_classes = network.out.out_channels
-    totals = metrics.SegmentationMetrics(n_classes, runtime.device)
-    alike = torch.ones(n_classes, device=runtime.device)
+    totals = metrics.SegmentationMetrics(network.out.out_channels, runtime.device)
     n_pixels = max(split.composites.image_size, 256) ** 2  # of larger images fewer, as they take more memory
     batch_size = max(EVALUATION_BATCH[runtime.device.type] * 256**2 // n_pixels, 1)
     order = BatchSampler(range(len(split)), batch_size, drop_last=False)
@@ -717,7 +711,7 @@ def evaluate(network: nn.Module, split: Split, runtime: Runtime,
         if flip:
             logits = (logits + compute_logits(network, inputs.flip(3), runtime).flip(3)) / 2
         if isinstance(labels, Tensor) and labels.shape[1:] == logits.shape[2:]:
-            _, loss, predictions = metrics.cross_entropy(logits, labels, alike)
+            _, loss, predictions = metrics.segmentation_loss(logits, labels)
             totals.update(predictions, labels, loss)
         else:  # image by image, so that memory does not grow with the size of the labels
             for one, label in zip(logits, labels):
@@ -813,12 +807,6 @@ def share_weights(weights: dict[str, Tensor], runtime: Runtime) -> None:
             dist.broadcast(tensor, src=0)
 
 
-def build_class_weights(class_pixels: Tensor) -> Tensor:
-    """What a pixel of each class counts in the training loss, float32 (n_classes,)."""
-    weights = class_pixels.clip(min=1).double() ** CLASS_WEIGHT_POWER
-    return (weights * class_pixels.sum() / (weights * class_pixels).sum()).float()  # 1 on average over pixels
-
-
 def train_network(network: models.EfficientSegNet, run: Run, checkpoint: dict | None,
                   args: Namespace) -> None:
     """From the data to the report."""
@@ -828,8 +816,7 @@ def train_network(network: models.EfficientSegNet, run: Run, checkpoint: dict | 
     if args.finetune_encoder and args.image_size == 32 and plan.batch_size == 1:
         raise SharedError("--finetune_encoder: the encoder's last batch norms would see one pixel a step at "
                           "--image_size 32 and one photo a step; pass --image_size 64")
-    class_weights = build_class_weights(splits["train"].class_pixels)
-    trainer = Trainer(network, class_weights, args.learning_rate, plan.num_epochs * plan.steps, runtime)
+    trainer = Trainer(network, args.learning_rate, plan.num_epochs * plan.steps, runtime)
     earlier = None
     if args.continues:
         try:

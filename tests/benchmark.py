@@ -226,8 +226,7 @@ class Setup:
 
     def trainer(self) -> train.Trainer:
         """A new one for the same network, as one takes batches of one size."""
-        weights = train.build_class_weights(self.splits["train"].class_pixels)
-        return train.Trainer(self.network, weights, self.args.learning_rate, 10**6, self.runtime)
+        return train.Trainer(self.network, self.args.learning_rate, 10**6, self.runtime)
 
     def batches(self, batch_size: int, n_images: int) -> Iterator[tuple]:
         """Of an epoch of so many images."""
@@ -479,7 +478,6 @@ def build_peers() -> Iterator[tuple[str, nn.Module, nn.Module]]:
 def peer_epoch(network: nn.Module, encoder: nn.Module, batches: Callable[[], Iterator[tuple]],
                runtime: utils.Runtime) -> Callable[[], int]:
     """Another network in a step like Trainer's, with this repository's loss, precision and memory format."""
-    weights = torch.ones(N_CLASSES, device=runtime.device)
     network.to(runtime.device, memory_format=torch.channels_last)
     encoder.requires_grad_(False)
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -493,7 +491,7 @@ def peer_epoch(network: nn.Module, encoder: nn.Module, batches: Callable[[], Ite
             with runtime.autocast():
                 logits = network(dataset.normalize(images))
             logits = logits["out"] if isinstance(logits, dict) else logits  # torchvision's or smp's
-            loss, _, _ = metrics.cross_entropy(logits, labels, weights)
+            loss, _, _ = metrics.segmentation_loss(logits, labels)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

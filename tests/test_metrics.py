@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from metrics import SegmentationMetrics, cross_entropy, score_stretched
+from conftest import plain_loss
+from metrics import SegmentationMetrics, score_stretched, segmentation_loss
 
 
 def compute(predictions, labels, n_classes=20):
@@ -143,18 +144,18 @@ def make_logits(dtype=torch.float32, memory_format=torch.channels_last):
     logits = 3 * torch.randn(2, 20, 8, 8, generator=generator)
     logits = logits.to(dtype).contiguous(memory_format=memory_format)
     labels = torch.randint(20, (2, 8, 8), generator=generator, dtype=torch.uint8)
-    return logits.requires_grad_(), labels, torch.linspace(0.5, 2, 20)
+    return logits.requires_grad_(), labels
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_cross_entropy_is_torchs_with_its_gradient(dtype, memory_format):
-    logits, labels, class_weights = make_logits(dtype, memory_format)
-    loss, plain_loss, predictions = cross_entropy(logits, labels, class_weights)
+def test_the_loss_is_cross_entropy_and_soft_dice_with_their_gradient(dtype, memory_format):
+    logits, labels = make_logits(dtype, memory_format)
+    loss, cross_entropy, predictions = segmentation_loss(logits, labels)
     again = logits.detach().float().requires_grad_()
-    expected = F.cross_entropy(again, labels.long(), class_weights, reduction="sum") / labels.numel()
+    expected = plain_loss(again, labels)
     torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(plain_loss, F.cross_entropy(again, labels.long()))
+    torch.testing.assert_close(cross_entropy, F.cross_entropy(again, labels.long()))
     assert torch.equal(predictions, logits.argmax(1)) and predictions.dtype == torch.uint8
     loss.backward()
     expected.backward()
@@ -162,29 +163,42 @@ def test_cross_entropy_is_torchs_with_its_gradient(dtype, memory_format):
     torch.testing.assert_close(logits.grad, again.grad.to(dtype))
 
 
+def test_classes_that_a_batch_has_not_leave_its_dice_alone():
+    logits, labels = make_logits()
+    labels = labels % 3
+    with torch.no_grad():
+        logits[:, 7] = -300  # no pixel has any probability of it
+    again = logits.detach().requires_grad_()
+    loss, expected = segmentation_loss(logits, labels)[0], plain_loss(again, labels)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(logits.grad, again.grad)
+
+
 def test_the_loss_scale_of_fp16_is_applied_before_the_gradient_is_rounded():
     """A pixel's gradient of 1e-9 is zero in float16; times 2**16 it is not."""
-    logits, labels, _ = make_logits(torch.float16)
-    loss, _, _ = cross_entropy(logits, labels, torch.full((20,), 1e-6))
-    (loss * 2**16).backward()
+    logits, labels = make_logits(torch.float16)
+    loss, _, _ = segmentation_loss(logits, labels)
+    (loss * 1e-6 * 2**16).backward()
     again = logits.detach().float().requires_grad_()
-    (F.cross_entropy(again, labels.long()) * 1e-6 * 2**16).backward()
+    (plain_loss(again, labels) * 1e-6 * 2**16).backward()
     torch.testing.assert_close(logits.grad.float(), again.grad, rtol=2e-3, atol=1e-7)
     assert (logits.grad != 0).float().mean() > 0.8
 
 
 def test_tied_logits_count_as_argmax_counts_them():
     logits = torch.randint(3, (2, 20, 16, 16)).bfloat16()  # every pixel has ties
-    _, _, predictions = cross_entropy(logits, torch.zeros((2, 16, 16), dtype=torch.uint8), torch.ones(20))
+    _, _, predictions = segmentation_loss(logits, torch.zeros((2, 16, 16), dtype=torch.uint8))
     assert torch.equal(predictions, logits.argmax(1))
 
 
 def test_logits_that_are_no_numbers_give_a_loss_that_is_none_and_predictions_that_count():
-    logits, labels, class_weights = make_logits()
+    logits, labels = make_logits()
     with torch.no_grad():
         logits[0, 3, 2, 2] = torch.nan
-    _, plain_loss, predictions = cross_entropy(logits, labels, class_weights)
-    assert plain_loss.isnan() and predictions.max() < 20
+    _, cross_entropy, predictions = segmentation_loss(logits, labels)
+    assert cross_entropy.isnan() and predictions.max() < 20
 
 
 @pytest.mark.parametrize("size", [(8, 8), (37, 21)])
