@@ -92,12 +92,12 @@ class LabelDecoder:
         self.thin = np.array([entry.thin for entry in table])  # (K,)
         self.features = to_features(self.colors)
         self.standalone = (self.ids > 0) & (distance_to_mixtures(self.features) > STANDALONE_DISTANCE)
-        self.unsure = len(table)  # stands for "no colour" where an index into colors is expected
-        self.sure = self.sure_table()
+        self.no_color = len(table)  # stands for "no colour" where an index into colors is expected
+        self.table = self.sure_table()
 
     def sure_table(self) -> np.ndarray:
-        """For each RGB value the colour within SURE_DISTANCE, or unsure; uint8 (256, 256, 256)."""
-        table = np.full((256, 256, 256), self.unsure, dtype=np.uint8)
+        """For each RGB value the colour within SURE_DISTANCE, or no_color; uint8 (256, 256, 256)."""
+        table = np.full((256, 256, 256), self.no_color, dtype=np.uint8)
         nearest = np.full(table.shape, SURE_DISTANCE**2, dtype=np.uint8)  # squared distance
         for index, color in enumerate(self.colors.astype(int)):
             cube = np.ix_(*(abs(np.arange(256) - level) <= SURE_DISTANCE for level in color))
@@ -108,9 +108,9 @@ class LabelDecoder:
         return table
 
     def match(self, rgb: np.ndarray) -> np.ndarray:
-        """The colour that each pixel of uint8 (H, W, 3) surely has, by its index, or unsure; uint8 (H, W)."""
+        """Index of the colour that each pixel of uint8 (H, W, 3) surely has, or no_color; uint8 (H, W)."""
         r, g, b = np.moveaxis(rgb, -1, 0).astype(np.int32)
-        return self.sure.ravel().take(r << 16 | g << 8 | b)
+        return self.table.ravel().take(r << 16 | g << 8 | b)
 
     def decode(self, rgb: np.ndarray) -> np.ndarray:
         """Colour-coded label uint8 (H, W, 3) to class ids uint8 (H, W).
@@ -122,13 +122,13 @@ class LabelDecoder:
         """
         color = self.match(rgb)
         chance = self.chance_hits(color, rgb)
-        sure = np.where(chance, self.unsure, color)
-        unsure = np.flatnonzero(sure == self.unsure)
+        sure = np.where(chance, self.no_color, color)
+        unsure = np.flatnonzero(sure == self.no_color)
         allowed = self.colors_around(sure, unsure)  # (K, N)
         anywhere = allowed.any(axis=1, keepdims=True)
         lonely = ~allowed.any(axis=0)
         # Chance hits count where they are all there is.
-        allowed[:, lonely] = self.colors_around(np.where(chance, color, self.unsure), unsure[lonely])
+        allowed[:, lonely] = self.colors_around(np.where(chance, color, self.no_color), unsure[lonely])
         allowed[:, ~allowed.any(axis=0)] = anywhere | ~anywhere.any()
 
         pixels, colors = to_features(rgb.reshape(-1, 3)[unsure]), self.features
@@ -142,9 +142,9 @@ class LabelDecoder:
 
     def colors_around(self, color: np.ndarray, where: np.ndarray) -> np.ndarray:
         """Which colours stand in the 5x5 pixels round each of `where`, N flat indices; bool (K, N)."""
-        padded = np.pad(color, 2, constant_values=self.unsure)
-        found = np.zeros((self.unsure, len(where)), dtype=bool)
-        for index in np.flatnonzero(np.bincount(color.ravel())[: self.unsure]):
+        padded = np.pad(color, 2, constant_values=self.no_color)
+        found = np.zeros((self.no_color, len(where)), dtype=bool)
+        for index in np.flatnonzero(np.bincount(color.ravel())[: self.no_color]):
             mask = padded == index
             for _ in range(2):  # rows, then columns
                 mask = (mask[:-4] | mask[1:-3] | mask[2:-2] | mask[3:-1] | mask[4:]).T
@@ -156,30 +156,30 @@ class LabelDecoder:
 
         A mixture of two classes often hits a void colour, and would put a dark ring round cars.
         """
-        padded = np.pad(color, 1, constant_values=self.unsure)
+        padded = np.pad(color, 1, constant_values=self.no_color)
         same = padded[1:] == padded[:-1]
         block = same[:, 1:] & same[:, :-1] & (padded[1:, 1:] == padded[1:, :-1])  # (H + 1, W + 1), four alike
         block = block[1:] | block[:-1]
-        hits = (color >= self.n_classes) & (color != self.unsure) & ~(block[:, 1:] | block[:, :-1])
+        hits = (color >= self.n_classes) & (color != self.no_color) & ~(block[:, 1:] | block[:, :-1])
         hits[hits] = (rgb[hits] != self.colors[color[hits]]).any(axis=1)
         return hits
 
     def palette_share(self, rgb: np.ndarray) -> float:
         """Share of sure pixels among those not surely background, as other tables have black too; or 0."""
         color = self.match(rgb)
-        return float((color[color != 0] != self.unsure).mean()) if color.any() else 0.0
+        return float((color[color != 0] != self.no_color).mean()) if color.any() else 0.0
 
     def problem(self, rgb: np.ndarray) -> str | None:
         """Why uint8 (H, W, 3) is no label in this table's colours, as the end of a message, or None."""
         step = max(1, len(rgb) // 256)  # an enlarged label has wider edges
         rgb = rgb[::step, ::step]
         color = self.match(rgb)
-        foreground, unsure = np.mean(color != 0), np.mean(color == self.unsure)
+        foreground, unsure = np.mean(color != 0), np.mean(color == self.no_color)  # shares
         strange = self.strange_places(rgb, color)  # (N, 3)
         if len(strange) > MAX_STRANGE and unsure - len(strange) / color.size < 1 - MIN_PALETTE_SHARE:
             colors, counts = np.unique(strange, axis=0, return_counts=True)
             named = colors[counts.argmax()]
-            share = np.mean((color == self.unsure) & (abs(rgb - named) <= SURE_DISTANCE).all(axis=2))
+            share = np.mean((color == self.no_color) & (abs(rgb - named) <= SURE_DISTANCE).all(axis=2))
             return (f"{share:.1%} of its label are rgb{tuple(named.tolist())}, no colour of the class table; "
                     "add it to CLASSES in dataset.py, or to VOID_COLORS if it is to count as background")
         if unsure > max((1 - MIN_PALETTE_SHARE) * foreground, 0.05):
@@ -190,7 +190,7 @@ class LabelDecoder:
 
     def strange_places(self, rgb: np.ndarray, color: np.ndarray) -> np.ndarray:
         """The colours, int (N, 3), of flat places that are far from every colour of the table."""
-        far = color == self.unsure
+        far = color == self.no_color
         if min(far.shape) < FLAT_SIZE:
             return np.empty((0, 3), dtype=int)
         for _ in range(FLAT_SIZE - 1):  # shrink to the corners of the 5x5 places that are far throughout
@@ -336,7 +336,8 @@ def decode_image(path: Path) -> Image.Image:
     """The pixels of a file as `to_rgb` gives them, if need be without its metadata."""
     if is_image(path) and path.suffix.lower() not in PHOTO_SUFFIXES:  # of a .dng a thumbnail would be read
         raise DatasetError(f"Pillow {PIL.__version__} does not read {path.suffix}; convert it to JPEG or PNG")
-    limit, failure = Image.MAX_IMAGE_PIXELS or math.inf, None  # None where a program has lifted it
+    limit = Image.MAX_IMAGE_PIXELS or math.inf  # it is None where a program has lifted it
+    failure = None
     for source in readings(path):
         try:
             with Image.open(source, formats=PHOTO_FORMATS) as image:
@@ -362,18 +363,22 @@ def readings(path: Path) -> Iterator[Path | io.BytesIO]:
     yield path
     data = path.read_bytes()
     png, jpeg = data.startswith(b"\x89PNG\r\n\x1a\n"), data.startswith(b"\xff\xd8")
-    for kept in ((b"tRNS", b"eXIf", b"\xff\xe1"), (b"tRNS",)) if png or jpeg else ():
-        place = 8 if png else 2
-        parts = [data[:place]]
-        while place < len(data) and data[place : place + 2] != b"\xff\xda":  # up to the scan of a JPEG
-            if png:  # size of the content, name, content, checksum
-                name, size = data[place + 4 : place + 8], 12 + int.from_bytes(data[place : place + 4], "big")
-            else:  # marker, then the size of what follows, its own two bytes included
-                name, size = data[place : place + 2], 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-            if name in kept or not (name[:1].islower() if png else name in JPEG_METADATA):
-                parts.append(data[place : place + size])
-            place += size
-        yield io.BytesIO(b"".join(parts) + data[place:])
+    if not png and not jpeg:
+        return
+    start = place = 8 if png else 2
+    parts = []  # name, whether it is metadata, bytes
+    while place < len(data) and data[place : place + 2] != b"\xff\xda":  # up to the scan of a JPEG
+        if png:  # size of the content, name, content, checksum
+            name, size = data[place + 4 : place + 8], 12 + int.from_bytes(data[place : place + 4], "big")
+            is_metadata = name[:1].islower()
+        else:  # marker, then the size of what follows, its own two bytes included
+            name, size = data[place : place + 2], 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+            is_metadata = name in JPEG_METADATA
+        parts.append((name, is_metadata, data[place : place + size]))
+        place += size
+    for kept in ((b"tRNS", b"eXIf", b"\xff\xe1"), (b"tRNS",)):
+        left = [part for name, is_metadata, part in parts if name in kept or not is_metadata]
+        yield io.BytesIO(b"".join([data[:start], *left, data[place:]]))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -416,9 +421,9 @@ def to_8_bits(image: Image.Image) -> np.ndarray:
     for negative, infinite or NaN values.
     """
     values = np.asarray(image)  # (H, W)
-    sample_format = getattr(image, "tag_v2", {339: None}).get(339, 1)  # of a TIFF; 1 is unsigned
-    if image.mode == "I" and sample_format in (1, (1,)):
-        values = values.view(np.uint32)  # which Pillow reads as signed
+    if image.mode == "I" and image.format == "TIFF":
+        if image.tag_v2.get(ExifTags.Base.SampleFormat, 1) in (1, (1,)):
+            values = values.view(np.uint32)  # unsigned in the file, and Pillow reads it as signed
     low, high = np.fmin.reduce(values, axis=None), np.fmax.reduce(values, axis=None)  # NaN left out
     share, n_nan = np.mean(values > 1), np.isnan(values).sum()
     if image.mode == "F":
@@ -543,6 +548,7 @@ class CompositeDataset(Dataset):
         DatasetError if the processes that read cannot be started, or one was killed.
         """
         project_decoder()  # built before the workers fork, so that each has it
+        # Without collate_fn it would make tensors of the arrays, in the workers.
         loader = DataLoader(self, batch_size=None, sampler=order, num_workers=workers, collate_fn=tuple)
         try:
             if workers:
@@ -620,17 +626,16 @@ class Split:
 
         DatasetError if a composite that is not kept can no longer be read.
         """
-        if self.features:
-            found = (([take(one, indices) for one in self.features], take(self.labels, indices), [])
-                     for indices in order)
-        elif self.images is not None:
-            found = ((take(self.images, indices), take(self.labels, indices), []) for indices in order)
-        else:
-            found = self.composites.load(order, self.workers)
-        for inputs, labels, problems in found:
-            if problems:
-                raise DatasetError(problems[0])
-            yield move(inputs, device), move(labels, device)
+        if self.labels is None:  # nothing is kept
+            for images, labels, problems in self.composites.load(order, self.workers):
+                if problems:
+                    raise DatasetError(problems[0])
+                yield move(images, device), move(labels, device)
+            return
+        for indices in order:
+            inputs = ([take(one, indices) for one in self.features] if self.features
+                      else take(self.images, indices))
+            yield move(inputs, device), move(take(self.labels, indices), device)
 
 
 def take(tensors: Tensor | list[Tensor], indices: Sequence[int]) -> Tensor | list[Tensor]:

@@ -27,15 +27,16 @@ class SegmentationLoss(torch.autograd.Function):
     def forward(ctx, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         C = logits.shape[1]
         # One plane a class: sums and maxima over classes run along whole planes.
-        scores = logits.to(torch.float32, memory_format=torch.contiguous_format, copy=True)  # (B, C, H, W)
+        planes = logits.to(torch.float32, memory_format=torch.contiguous_format, copy=True)  # (B, C, H, W)
         index = labels.long()[:, None]  # (B, 1, H, W)
-        true_scores, top = scores.gather(1, index), scores.amax(1, keepdim=True)
-        # bf16 logits tie: like argmax take the first of the best, here the highest of C, C - 1, ...
-        ranks = torch.arange(C, 0, -1, dtype=torch.uint8, device=scores.device).view(1, C, 1, 1)
-        predictions = C - ((scores == top) * ranks).amax(1).clamp_(min=1)  # NaN is no maximum
-        sums = scores.sub_(top).exp_().sum(1, keepdim=True)
-        cross_entropy = (sums.log() + top - true_scores).mean()
-        softmax = scores.div_(sums)
+        true_logits, top = planes.gather(1, index), planes.amax(1, keepdim=True)
+        # As argmax, which takes a CPU longer: of equal ones, which bf16 often has, the first, so here the
+        # highest of C, C - 1, ...
+        ranks = torch.arange(C, 0, -1, dtype=torch.uint8, device=planes.device).view(1, C, 1, 1)
+        predictions = C - ((planes == top) * ranks).amax(1).clamp_(min=1)  # NaN is no maximum
+        sums = planes.sub_(top).exp_().sum(1, keepdim=True)
+        cross_entropy = (sums.log() + top - true_logits).mean()
+        softmax = planes.div_(sums)
         in_training = ctx.needs_input_grad[0]
         n_ranks = dist.get_world_size() if in_training and dist.is_initialized() else 1
         dice_loss, *saved = soft_dice_loss(softmax, index, n_ranks)
@@ -205,8 +206,9 @@ class SegmentationMetrics:
 
     def rows(self, names: Sequence[str]) -> list[dict]:
         """per_class() as a row a class, with the names of the classes."""
-        columns = {name: values.tolist() for name, values in self.per_class().items()}
-        return [{"class": name} | dict(zip(columns, row)) for name, row in zip(names, zip(*columns.values()))]
+        per_class = self.per_class()
+        return [{"class": name} | {figure: values[i].item() for figure, values in per_class.items()}
+                for i, name in enumerate(names)]
 
     def table(self, names: Sequence[str]) -> str:
         """The figures as text, a line a class and a line for all."""

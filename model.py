@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.optim.swa_utils import update_bn
 from torchvision.models import EfficientNet_B0_Weights, efficientnet_b0
 
 UPSAMPLER_GAIN = 10  # fresh upsamplers put out a twentieth of what a trained encoder's skip features hold
@@ -178,7 +179,10 @@ def load_features(encoder_weights: str | Path | None) -> nn.Sequential:
                                        conv.padding, groups=conv.groups, bias=False)
             block[0].weight = conv.weight
     if choice == "none":
-        calibrate_batch_norms(features)
+        # With mean 0 and variance 1, which never move in a frozen encoder, the signal would shrink from layer
+        # to layer, to 1e-13 at its end: take the statistics of its own activations on smooth noise.
+        noise = F.interpolate(torch.randn(4, 3, 16, 16), size=(128, 128), mode="bilinear")
+        update_bn([noise], features)
     elif encoder_weights is not None and choice != "imagenet":
         weights = clean_state_dict(read_tensors(encoder_weights))
         weights = {key.removeprefix("features."): weights[key] for key in weights
@@ -198,22 +202,6 @@ def download_backbone() -> nn.Module:
         raise WeightsError(f"the ImageNet weights could not be loaded ({error}). Put {cached.name} from "
                            f"{weights.url} at {cached}, or pass --encoder_weights FILE (an efficientnet_b0 "
                            "state_dict) or --encoder_weights none") from error
-
-
-@torch.no_grad()
-def calibrate_batch_norms(network: nn.Module) -> None:
-    """Set the batch-norm statistics of a random network to those of its own activations on smooth noise.
-
-    They never move in a frozen encoder, and with the initial mean 0 and variance 1 the signal shrinks from
-    layer to layer, to 1e-13 at the encoder's end.
-    """
-    norms = [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
-    momentum = norms[0].momentum
-    for norm in norms:
-        norm.momentum = 1.0  # take over the statistics of the one batch
-    network.train()(F.interpolate(torch.randn(4, 3, 16, 16), size=(128, 128), mode="bilinear"))
-    for norm in norms:
-        norm.momentum = momentum  # fine-tuning goes on from there
 
 
 def load_checkpoint(path: str | Path) -> dict:

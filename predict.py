@@ -285,7 +285,8 @@ def main(argv: list[str] | None = None) -> None:
         args = get_args_parser().parse_args(argv)
         photos = find_photos(args.photos)
         masks = plan_masks(photos, args.output)
-        check_outputs([*masks, *(overlay_of(mask) for mask in masks if args.overlay)])
+        overlays = [overlay_of(mask) for mask in masks] if args.overlay else []
+        check_outputs(masks + overlays)
         with utils.memory_errors(partial(memory_advice, args.device)):
             segmenter = Segmenter(args.checkpoint, args.device, image_size=args.image_size, flip=args.flip)
             if args.composite:

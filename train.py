@@ -138,8 +138,8 @@ def parse_args(argv: Sequence[str] | None) -> tuple[Namespace, dict | None]:
     args.data_dir = DEMO_DIR if args.demo else Path(args.data_dir)
     args.continues = False
     if checkpoint:
-        whole = checkpoint["config"] and {"optimizer", "history"} <= checkpoint.keys()
-        args.continues = bool(args.resume and whole)
+        has_state = {"optimizer", "history"} <= checkpoint.keys()
+        args.continues = bool(args.resume and checkpoint["config"] and has_state)
         check_checkpoint(checkpoint, path, args)
     return args, checkpoint
 
@@ -207,7 +207,8 @@ def load_splits(names: Sequence[str], args: Namespace, runtime: Runtime) -> dict
     fits, needed = all(runtime.gather(own < room)), sum(runtime.gather(own))
     for name, split in splits.items():
         with progress(f"Reading {name}", len(split), runtime) as bar:
-            problems = sum(runtime.gather(split.read(fits and not args.no_cache, bar)), [])
+            own_problems = split.read(fits and not args.no_cache, bar)
+        problems = sum(runtime.gather(own_problems), [])
         if problems:
             others = f" (and {len(problems) - 1} other composites have problems)" if len(problems) > 1 else ""
             raise SharedError(problems[0] + others)
@@ -249,7 +250,7 @@ def keep_features(trainer: "Trainer", splits: dict[str, Split], batch_size: int,
     device, dtype = chosen = earlier if earlier in options else options[0]
     like = [one.to(runtime.device if device == "cuda" else "cpu", getattr(torch, dtype)) for one in like]
     where = "GPU memory" if device == "cuda" else "host memory"
-    if device != next(iter(free)):
+    if device == "cpu" and "cuda" in free:
         where += f", for the GPU has {free['cuda'] / 1e9:.2f} GB to spare"
     if like[0].dtype != computed:
         gigabytes /= 2
@@ -264,13 +265,13 @@ def keep_features(trainer: "Trainer", splits: dict[str, Split], batch_size: int,
 # --- One step -----------------------------------------------------------------------------------------------
 
 
-def learning_rate_factor(progress: float) -> float:
+def learning_rate_factor(done: float) -> float:
     """The learning rate as a share of --learning_rate, from the share of all steps done with this one, 0..1.
 
     It rises over the first WARMUP of the steps and stays: what is scored is an average of weights, and needs
     no low rate at the end to settle (after Izmailov et al., 2018, arXiv:1803.05407).
     """
-    return min(progress / WARMUP, 1.0)
+    return min(done / WARMUP, 1.0)
 
 
 @contextlib.contextmanager
@@ -305,7 +306,7 @@ class Trainer:
         self.decode = network.decode
         self.generator: torch.Generator | None = None  # of augmentation
         self.learning_rate = 0.0  # the decoders', in the last step
-        self.figures = metrics.SegmentationMetrics(network.out.out_channels, runtime.device)
+        self.scores = metrics.SegmentationMetrics(network.out.out_channels, runtime.device)
         self.trained = {key: value for key, value in network.state_dict().items() if value.is_floating_point()
                         and (network.finetune_encoder or not key.startswith("encoder"))}
         self.average = {key: value.clone() for key, value in self.trained.items()}
@@ -325,7 +326,7 @@ class Trainer:
         self.update = CudaGraph(self._update, runtime) if one_launch else self._update
 
     def step(self, inputs: Tensor | Sequence[Tensor], labels: Tensor) -> None:
-        """One training step, whose figures are added to `self.figures`.
+        """One training step, whose figures are added to `self.scores`.
 
         `inputs` are uint8 images (B, 3, S, S) or the encoder's five feature maps, `labels` uint8 (B, S, S).
         """
@@ -360,7 +361,7 @@ class Trainer:
         self.scaler.update()
         for key, average in self.average.items():
             average.lerp_(self.trained[key], self.averaging_rate)
-        self.figures.update(predictions, labels, cross_entropy)
+        self.scores.update(predictions, labels, cross_entropy)
 
     def fold(self, tensors: dict[str, Tensor]) -> models.EfficientSegNet:
         """A copy of the network for evaluation, with these in place of what is trained."""
@@ -491,7 +492,7 @@ def describe_run(args: Namespace, runtime: Runtime) -> dict:
         "void_colors": [list(map(int, color)) for color in dataset.VOID_COLORS.values()],
         "mean": list(dataset.MEAN), "std": list(dataset.STD),
         "settings": {name: getattr(args, name) for name in RECIPE} | {"data_dir": str(args.data_dir)},
-        "scored_on": {path.name: utils.file_size(path) for path in scored},
+        "scored_on": {path.name: os.path.getsize(path) if os.path.isfile(path) else None for path in scored},
         "features": None,  # [device, dtype] where they are kept
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
                      "torchvision": torchvision.__version__},
@@ -668,19 +669,19 @@ def fit(trainer: Trainer, plan: Plan, splits: dict[str, Split], run: Run) -> Non
 def train_one_epoch(trainer: Trainer, batches: Iterator[tuple], epoch: int, bar: tqdm) -> dict[str, float]:
     """One pass over the batches, shown by the bar; the figures over all ranks. UserError as in check_loss."""
     trainer.network.train()
-    trainer.figures.reset()
+    trainer.scores.reset()
     shown = time.monotonic()
     for inputs, labels in batches:
         trainer.step(inputs, labels)
         bar.update(len(labels) * trainer.runtime.world_size)
         if time.monotonic() - shown > BAR_SECONDS:  # the host waits for the device here, and nowhere else
-            figures = trainer.figures.compute()
+            figures = trainer.scores.compute()
             if trainer.runtime.world_size == 1:  # several ranks check together, at the epoch's end
                 check_loss(figures["loss"], "loss", epoch, trainer)
             bar.set_postfix(loss=f"{figures['loss']:.3f}", dice=f"{figures['dice']:.3f}")
             shown = time.monotonic()
-    trainer.figures.all_reduce()
-    figures = trainer.figures.compute()
+    trainer.scores.all_reduce()
+    figures = trainer.scores.compute()
     check_loss(figures["loss"], "loss", epoch, trainer)
     return figures
 
@@ -702,7 +703,7 @@ def evaluate(network: nn.Module, split: Split, runtime: Runtime,
     The network is as fold_batch_norms returns it; `flip` averages the logits with those of the mirrored
     images, which must not be kept as features.
     """
-    totals = metrics.SegmentationMetrics(network.out.out_channels, runtime.device)
+    scores = metrics.SegmentationMetrics(network.out.out_channels, runtime.device)
     n_pixels = max(split.composites.image_size, 256) ** 2  # of larger images fewer, as they take more memory
     batch_size = max(EVALUATION_BATCH[runtime.device.type] * 256**2 // n_pixels, 1)
     order = BatchSampler(range(len(split)), batch_size, drop_last=False)
@@ -712,13 +713,13 @@ def evaluate(network: nn.Module, split: Split, runtime: Runtime,
             logits = (logits + compute_logits(network, inputs.flip(3), runtime).flip(3)) / 2
         if isinstance(labels, Tensor) and labels.shape[1:] == logits.shape[2:]:
             _, loss, predictions = metrics.segmentation_loss(logits, labels)
-            totals.update(predictions, labels, loss)
+            scores.update(predictions, labels, loss)
         else:  # image by image, so that memory does not grow with the size of the labels
             for one, label in zip(logits, labels):
                 predictions, loss = metrics.score_stretched(one, label.shape, label)
-                totals.update(predictions, label, loss)
-    totals.all_reduce()
-    return totals
+                scores.update(predictions, label, loss)
+    scores.all_reduce()
+    return scores
 
 
 def compute_logits(network: nn.Module, inputs: Tensor | Sequence[Tensor], runtime: Runtime) -> Tensor:
@@ -747,14 +748,14 @@ def format_epoch(row: dict, num_epochs: int, is_best: bool) -> str:
 def report_best(trainer: Trainer, val: Split, run: Run) -> None:
     """Score the best epoch, print its table per class, and draw how it does; all ranks take part."""
     network = trainer.fold(run.best["model"])
-    totals = evaluate(network, val, trainer.runtime)
+    scores = evaluate(network, val, trainer.runtime)
     if trainer.runtime.rank > 0:
         return
     names = run.config["class_names"]
-    utils.say(f"\nbest.pth, of epoch {run.best['epoch']}, on val/:\n{totals.table(names)}")
+    utils.say(f"\nbest.pth, of epoch {run.best['epoch']}, on val/:\n{scores.table(names)}")
     run.write_history()  # where a kill came before it
-    run.write(utils.write_csv, "per_class.csv", totals.rows(names))
-    run.write(utils.save_figure, "confusion_matrix.png", totals.plot(names))
+    run.write(utils.write_csv, "per_class.csv", scores.rows(names))
+    run.write(utils.save_figure, "confusion_matrix.png", scores.plot(names))
     if samples := predict_samples(network, val, trainer.runtime):
         figure = utils.plot_predictions(samples, names, dataset.project_decoder().colors)
         run.write(utils.save_figure, "predictions.png", figure)
@@ -788,7 +789,7 @@ def build_network(args: Namespace, checkpoint: dict | None, runtime: Runtime) ->
         build = partial(models.EfficientSegNet, args.num_classes, finetune_encoder=args.finetune_encoder)
         download = partial(build, args.encoder_weights)
         try:
-            network = runtime.on_rank_0(download, models.WeightsError) or build("none")
+            network = runtime.on_rank_0(download, models.WeightsError) or build("none")  # until shared
         except SharedError as error:
             if not (args.demo and args.encoder_weights == "imagenet"):
                 raise
@@ -851,7 +852,7 @@ def memory_advice(config: dict, args: Namespace) -> str:
     cause, remedies = f"--image_size {args.image_size}", []
     if not args.evaluate:
         cause += f", --batch_size {args.batch_size}"
-        if (config.get("features") or [None])[0] == "cuda":
+        if "cuda" in (config.get("features") or ()):
             remedies.append("--no_cache (the features lie there)")
         if args.batch_size > 1:
             remedies.append(f"--batch_size {args.batch_size // 2}")
@@ -879,11 +880,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             config["settings"]["encoder_weights"] = args.encoder_weights  # as they were to be had
             if args.evaluate:
                 val = load_splits(["val"], args, runtime)["val"]
-                totals = evaluate(models.fold_batch_norms(network), val, runtime, args.flip)
-                runtime.log(totals.table(config["class_names"]))
+                scores = evaluate(models.fold_batch_norms(network), val, runtime, args.flip)
+                runtime.log(scores.table(config["class_names"]))
             else:
-                claim = partial(claimed.enter_context, claimed_folder(args, config))
-                run = Run(runtime.on_rank_0(claim, UserError), config, runtime)
+                claim = claimed_folder(args, config)
+                folder = runtime.on_rank_0(lambda: claimed.enter_context(claim), UserError)
+                run = Run(folder, config, runtime)
                 train_network(network, run, checkpoint, args)
         runtime.close()
 

@@ -199,7 +199,7 @@ def own_rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def local_share() -> int:
+def local_processes() -> int:
     """How many processes of this job share the machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if is_torchrun() else 1
 
@@ -207,12 +207,12 @@ def local_share() -> int:
 def available_cpus() -> int:
     """Cores this process may use: its share of those that the processes of torchrun have together."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(cores // local_share(), 1)
+    return max(cores // local_processes(), 1)
 
 
 def memory_share() -> float:
     """Bytes of host memory that this process may take beside its neighbours, as `available_memory`."""
-    return available_memory() / local_share()
+    return available_memory() / local_processes()
 
 
 def available_memory(root: Path = Path("/")) -> float:
@@ -401,13 +401,6 @@ def write_file(path: str | Path, content: bytes | memoryview, *,
                         "What was there before is whole") from error
     finally:
         remove([temporary])  # still there after an error or Ctrl-C
-
-
-def file_size(path: Path) -> int | None:
-    """In bytes; None if it cannot be had."""
-    with contextlib.suppress(OSError):
-        return path.stat().st_size
-    return None
 
 
 def temporary_name(path: Path) -> Path:

@@ -249,7 +249,7 @@ class Setup:
     def bare_steps(self, batch_size: int, n_images: int) -> Timed:
         """Decode, loss and optimizer of an epoch, on one fixed batch and without its figures."""
         trainer, n_steps = self.trainer(), n_images // batch_size
-        trainer.figures = SimpleNamespace(update=lambda *_: None)
+        trainer.scores = SimpleNamespace(update=lambda *_: None)
         inputs, labels = next(self.batches(batch_size, batch_size))
 
         def work() -> int:

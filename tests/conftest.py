@@ -4,6 +4,7 @@ import csv
 import gc
 import io
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import shutil
 import signal
@@ -128,6 +129,10 @@ def plain_loss(logits, labels):
     dice = [2 * (p * t).sum() / (p.sum() + t.sum())
             for p, t in zip(probabilities.unbind(1), truth.unbind(1)) if t.any()]
     return F.cross_entropy(logits, labels) + 1 - sum(dice) / len(dice)
+
+
+def pytest_configure():
+    multiprocessing.forkserver.ensure_running()  # it imports on another core while the first tests run
 
 
 def pytest_collection_finish():

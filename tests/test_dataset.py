@@ -95,15 +95,12 @@ BAD_COMPOSITES = {
     "no label": (photo_twice, ["no colour-coded label", "expected 45%"]),
     "square": (lambda path: Image.new("RGB", (256, 256)).save(path), ["256x256", "twice as wide as high"]),
     "dot": (lambda path: Image.new("RGB", (1, 1)).save(path), ["1x1"]),
-    "bomb": (lambda path: Image.new("1", (30000, 15000)).save(path, "PNG"),
-             ["450.0 megapixels", "shrink it"]),
     "vanished": (lambda path: (path.unlink(), path.symlink_to("nowhere.jpg")), ["check the path"]),
     "unreadable": (make_unreadable, ["nput/output error"]),
 }
 
 
-@pytest.mark.parametrize("kind", BAD_COMPOSITES)
-@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize(("kind", "keep"), [("truncated", False), *((kind, True) for kind in BAD_COMPOSITES)])
 def test_one_bad_composite_is_named_at_the_start(kind, keep, own_scenes):
     if kind == "unreadable" and not Path("/proc/self/mem").exists():
         pytest.skip("needs Linux's /proc for a file that not even root can read")
@@ -120,22 +117,23 @@ def link(folder, numbers):
         os.link(folder / f"{(number - 1) % 8 + 1}.jpg", folder / f"{number}.jpg")
 
 
-def test_processes_read_in_order(own_scenes):
-    link(own_scenes / "train", range(9, 301))
+def test_processes_read_in_order(own_scenes, monkeypatch):
+    monkeypatch.setattr(dataset, "MANY_FILES", 2)
+    link(own_scenes / "train", range(9, 51))
     split = read(make_split(own_scenes / "train", 32, workers=2))
-    for index in (8, 100, 299):
+    for index in (8, 20, 49):
         assert torch.equal(split.images[index], split.images[index % 8])
         assert torch.equal(split.labels[index], split.labels[index % 8])
 
 
-def test_one_bad_file_among_a_thousand_is_named_by_the_processes_that_read(tmp_path):
+def test_one_bad_file_among_many_is_named_by_the_processes_that_read(tmp_path):
     for number in range(1, 9):
         write_composite(tmp_path / f"{number}.jpg", *draw_scene(number, 64))
-    link(tmp_path, range(9, 1001))
-    (tmp_path / "677.jpg").unlink()
-    (tmp_path / "677.jpg").write_bytes(b"damaged")
+    link(tmp_path, range(9, dataset.MANY_FILES + 2))
+    (tmp_path / "177.jpg").unlink()
+    (tmp_path / "177.jpg").write_bytes(b"damaged")
     (problem,) = make_split(tmp_path, 32, workers=2).read(True, tqdm(disable=True))
-    assert "677.jpg: cannot be read as an image" in problem
+    assert "177.jpg: cannot be read as an image" in problem
 
 
 def test_ids_beyond_the_number_of_classes_are_named(scenes):

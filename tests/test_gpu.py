@@ -101,7 +101,7 @@ def test_replayed_steps_are_those_taken_one_by_one(amp, finetune):
             trainer.step(images, labels)
     assert replayed.update.graph
     assert_moved_alike(replayed, one_by_one, before)
-    ours, theirs = (trainer.figures.compute()["loss"] for trainer in (replayed, one_by_one))
+    ours, theirs = (trainer.scores.compute()["loss"] for trainer in (replayed, one_by_one))
     assert ours == pytest.approx(theirs, rel=1e-3)
 
 

@@ -156,6 +156,16 @@ def test_new_folders_get_a_number_where_their_name_is_taken(tmp_path):
     assert made == ["now", "now-2", "now-3"]
 
 
+def test_processes_of_one_machine_share_its_cores_and_memory(monkeypatch):
+    monkeypatch.setattr(utils, "available_memory", lambda: 12_000)
+    cpus = utils.available_cpus()
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    assert utils.memory_share() == 12_000  # a stray variable says nothing
+    monkeypatch.setenv("MASTER_ADDR", "here")
+    assert utils.memory_share() == 6_000 and utils.available_cpus() == max(cpus // 2, 1)
+
+
 def test_available_memory_is_what_the_machine_its_container_and_a_job_leave(tmp_path):
     def write(folder, **files):
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
