@@ -35,13 +35,12 @@ class SegmentationLoss(torch.autograd.Function):
         ranks = torch.arange(C, 0, -1, dtype=torch.uint8, device=planes.device).view(1, C, 1, 1)
         predictions = C - ((planes == top) * ranks).amax(1).clamp_(min=1)  # NaN is no maximum
         sums = planes.sub_(top).exp_().sum(1, keepdim=True)
-        cross_entropy = (sums.log() + top - true_logits).mean()
-        softmax = planes.div_(sums)
+        softmax, losses = planes.div_(sums), sums.log() + top - true_logits  # (B, 1, H, W)
         in_training = ctx.needs_input_grad[0]
         n_ranks = dist.get_world_size() if in_training and dist.is_initialized() else 1
-        dice_loss, *saved = soft_dice_loss(softmax, index, n_ranks)
+        dice_loss, *saved = soft_dice_loss(softmax, losses.neg().exp(), index, n_ranks)
         ctx.save_for_backward(softmax, index, *saved)
-        ctx.dtype = logits.dtype
+        ctx.dtype, cross_entropy = logits.dtype, losses.mean()
         ctx.mark_non_differentiable(cross_entropy, predictions)
         return cross_entropy + dice_loss, cross_entropy, predictions
 
@@ -57,11 +56,12 @@ class SegmentationLoss(torch.autograd.Function):
         return softmax.to(ctx.dtype).contiguous(memory_format=torch.channels_last), None
 
 
-def soft_dice_loss(softmax: Tensor, index: Tensor, n_ranks: int) -> tuple[Tensor, Tensor, Tensor]:
+def soft_dice_loss(softmax: Tensor, confidence: Tensor, index: Tensor,
+                   n_ranks: int) -> tuple[Tensor, Tensor, Tensor]:
     """1 - mean Dice of the classes present, probabilities counting in the place of predictions.
 
-    softmax is float32 (B, C, H, W), index int64 (B, 1, H, W) the true classes. So many ranks count together,
-    which take the step of one with all their images then.
+    softmax is float32 (B, C, H, W), confidence what it holds for the true classes, (B, 1, H, W), which the
+    index names, int64. So many ranks count together: they take the step of one with all their images.
 
     Returns:
         the loss; its derivatives by a probability of each class, (C,); and what those of the true classes
@@ -73,7 +73,6 @@ def soft_dice_loss(softmax: Tensor, index: Tensor, n_ranks: int) -> tuple[Tensor
         rows = values.new_zeros(B * H, C)
         return rows.scatter_add_(1, index.reshape(B * H, W), values.reshape(B * H, W)).sum(0)
 
-    confidence = softmax.gather(1, index)
     counts = torch.stack([sum_by_class(confidence), sum_by_class(torch.ones_like(confidence)),
                           softmax.sum((0, 2, 3))])
     if n_ranks > 1:
