@@ -4,6 +4,7 @@ A composite is one picture twice as wide as high, the photo on its left, the col
 Run as a program, this file makes composites from the original Cityscapes download: python dataset.py --help
 """
 import argparse
+import contextlib
 import functools
 import io
 import math
@@ -11,7 +12,9 @@ import mimetypes
 import multiprocessing
 import os
 import re
+import signal
 import stat
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -89,7 +92,7 @@ class LabelDecoder:
         self.colors = np.array([entry.color for entry in table], dtype=np.uint8)  # (K, 3), void last
         self.ids = np.arange(len(table), dtype=np.uint8)  # (K,)
         self.ids[self.n_classes :] = 0
-        self.thin = np.array([entry.thin for entry in table])  # (K,)
+        self.thin = np.array([bool(entry.thin) for entry in table])  # (K,)
         self.features = to_features(self.colors)
         self.standalone = (self.ids > 0) & (distance_to_mixtures(self.features) > STANDALONE_DISTANCE)
         self.no_color = len(table)  # stands for "no colour" where an index into colors is expected
@@ -527,7 +530,8 @@ class CompositeDataset(Dataset):
                 if highest >= self.n_classes:
                     raise DatasetError(
                         f"{path}: holds class id {highest} ({CLASSES[highest].name}), expected ids below "
-                        f"--num_classes {self.n_classes}; pass --num_classes {highest + 1}")
+                        f"--num_classes {self.n_classes}; pass --num_classes {highest + 1} to a new run, or "
+                        "leave it out")
             except DatasetError as error:
                 problems.append(str(error))
             else:
@@ -553,7 +557,9 @@ class CompositeDataset(Dataset):
         try:
             if workers:
                 multiprocessing.Lock()  # where there can be none, a DataLoader leaves a traceback too
-            for images, labels, problems in loader:
+            with signals_held():
+                batches = iter(loader)  # starts the workers
+            for images, labels, problems in batches:
                 images = torch.from_numpy(images).permute(0, 3, 1, 2)
                 yield images, stack([torch.from_numpy(label) for label in labels]), problems
         except (OSError, RuntimeError) as error:
@@ -561,6 +567,22 @@ class CompositeDataset(Dataset):
                 raise
             raise DatasetError(f"{workers} processes could not read the composites ({error}); pass "
                                "--num_workers 0") from error
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Let SIGINT and SIGTERM wait: what a handler raises while a process is forked, Python drops."""
+    held, previous = [], {}
+    if threading.current_thread() is threading.main_thread():  # signals reach no other
+        previous = {number: signal.signal(number, lambda number, frame: held.append(number))
+                    for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        for number in held:
+            signal.raise_signal(number)
 
 
 def stack(labels: list[Tensor]) -> Tensor | list[Tensor]:
@@ -710,11 +732,11 @@ def make_composites(cityscapes_dir: Path, data_dir: Path, size: int) -> int:
         DatasetError: no photos, a picture missing or unreadable, or composites of another size in data_dir.
     """
     photos = [path for split in ("train", "val")
-              for path in sorted(cityscapes_dir.glob(f"leftImg8bit/{split}/*/*_leftImg8bit.png"))]
+              for path in sorted(cityscapes_dir.glob(f"leftImg8bit/{split}/*/[!.]*_leftImg8bit.png"))]
     if not photos:
         raise DatasetError(f"{cityscapes_dir} holds no leftImg8bit/train/*/*_leftImg8bit.png; unpack "
                            "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip of Cityscapes there")
-    for path in sorted(data_dir.glob("*/*.png")):
+    for path in sorted(data_dir.glob("*/[!.]*.png")):
         width, height = read_image(path).size
         if (width, height) != (2 * size, size):
             raise DatasetError(f"{path} has {width}x{height} pixels, and --size {size} makes "

@@ -216,9 +216,9 @@ def load_checkpoint(path: str | Path) -> dict:
     checkpoint = {"config": {}} | (content if names else {})
     checkpoint["model"] = clean_state_dict(content[names[0]] if names else content)
     out = checkpoint["model"].get("out.weight")
-    if not isinstance(out, Tensor) or out.ndim != 4:
-        raise WeightsError(f"{path} is no checkpoint of EfficientSegNet (it has no out.weight); "
-                           "pass a best.pth or last.pth")
+    if not isinstance(out, Tensor) or out.ndim != 4 or len(out) < 2:
+        raise WeightsError(f"{path} is no checkpoint of EfficientSegNet (it has no out.weight of two or more "
+                           "classes); pass a best.pth or last.pth")
     return checkpoint
 
 

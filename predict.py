@@ -130,7 +130,8 @@ def get_args_parser() -> utils.ArgumentParser:
     add("--composite", action="store_true",
         help="the files are composites: segment the left half and score it against the right half")
     add("--flip", action="store_true", help="average with the mirrored photo, in twice the time")
-    add("--device", default="auto", metavar="auto|cpu|cuda|cuda:N|mps", help="auto prefers a GPU")
+    add("--device", type=utils.device_name, default="auto", metavar="auto|cpu|cuda|cuda:N|mps",
+        help="auto (if left out) prefers a GPU")
     add("--image_size", type=utils.whole_number(32, 8192, multiple=32), metavar="PIXELS",
         help=f"the network's input, for a checkpoint that does not say; {DEFAULT_IMAGE_SIZE} if left out")
     return parser

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 import torch
@@ -32,8 +33,8 @@ from dataset import Split
 from utils import Runtime, SharedError, UserError
 
 DEMO_DIR = Path(__file__).parent / "images" / "demo"
-RUN_FILES = ("config.json", "history.csv", "curves.png", "predictions.png", "confusion_matrix.png",
-             "per_class.csv", "best.pth", "last.pth")
+REPORT_FILES = ("predictions.png", "confusion_matrix.png", "per_class.csv")  # how best.pth does
+RUN_FILES = ("config.json", "history.csv", "curves.png", *REPORT_FILES, "best.pth", "last.pth")
 RECIPE = ("num_epochs", "batch_size", "learning_rate", "num_classes", "data_dir", "demo", "image_size",
           "encoder_weights", "finetune_encoder", "amp", "seed", "no_cache")  # what a checkpoint remembers
 OWN_ENTRIES = {"settings", "image_size", "class_names", "class_colors"}  # by them a config is known
@@ -105,7 +106,7 @@ def get_args_parser() -> utils.ArgumentParser:
     add("--num_workers", type=utils.whole_number(0, 512), default=utils.available_cpus(), metavar="N",
         help="processes that read composites, at the start and, with --no_cache, in every step; one a core "
              "(%(default)s) if left out")
-    add("--device", default="auto", metavar="auto|cpu|cuda|cuda:N|mps",
+    add("--device", type=utils.device_name, default="auto", metavar="auto|cpu|cuda|cuda:N|mps",
         help="auto (if left out) prefers a GPU")
     add("--compile", action="store_true",
         help="torch.compile: a minute or two at the start, less time a step on some machines")
@@ -487,12 +488,13 @@ def describe_run(args: Namespace, runtime: Runtime) -> dict:
     return {
         "n_classes": args.num_classes,
         "image_size": args.image_size,
-        "class_names": [entry.name for entry in classes],
+        "class_names": [str(entry.name) for entry in classes],  # numpy has subclasses of str
         "class_colors": [list(map(int, entry.color)) for entry in classes],
         "void_colors": [list(map(int, color)) for color in dataset.VOID_COLORS.values()],
         "mean": list(dataset.MEAN), "std": list(dataset.STD),
         "settings": {name: getattr(args, name) for name in RECIPE} | {"data_dir": str(args.data_dir)},
         "scored_on": {path.name: os.path.getsize(path) if os.path.isfile(path) else None for path in scored},
+        "loss": metrics.LOSS,
         "features": None,  # [device, dtype] where they are kept
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
                      "torchvision": torchvision.__version__},
@@ -525,7 +527,7 @@ def claimed_folder(args: Namespace, config: dict) -> Iterator[Path]:
             with contextlib.suppress(OSError, ValueError):
                 abandoned = is_own(json.loads((folder / "config.json").read_bytes()))
         if present and not goes_on and not abandoned:
-            remedy = (f"go on with it: --resume {folder / 'last.pth'}" if "last.pth" in present
+            remedy = (f"go on with it: --resume {quote(str(folder / 'last.pth'))}" if "last.pth" in present
                       else "remove that file")
             raise UserError(f"--output_dir {folder} holds a run already ({present[-1]}); "
                             f"choose another folder, or {remedy}")
@@ -537,7 +539,7 @@ def claimed_folder(args: Namespace, config: dict) -> Iterator[Path]:
             yield folder
         except KeyboardInterrupt as interrupt:
             if (folder / "last.pth").exists():
-                remedy = f"go on with: python train.py --resume {folder / 'last.pth'}"
+                remedy = f"go on with: python train.py --resume {quote(str(folder / 'last.pth'))}"
                 interrupt.__notes__ = [remedy]  # add_note came with Python 3.11
             raise
         finally:
@@ -562,8 +564,8 @@ class Run:
         self.history, best = checkpoint["history"], checkpoint["best"]
         measure = ("scored_on", "class_names", "class_colors", "void_colors", "image_size")
         if all(checkpoint["config"].get(key) == self.config[key] for key in measure):
-            self.best |= {"model": checkpoint["model"] | checkpoint["average"] | best["model"],
-                          "epoch": best["epoch"], "best_dice": checkpoint["best_dice"]}
+            model = checkpoint["model"] | checkpoint["average"] | best["model"]
+            self.best |= {key: checkpoint[key] for key in ("best_dice", "config")} | best | {"model": model}
             self.write(utils.write_checkpoint, "best.pth", self.best)
         elif checkpoint["epoch"] >= self.config["settings"]["num_epochs"]:
             raise UserError(f"--resume {path}: the run has finished its {checkpoint['epoch']} epochs, and "
@@ -583,15 +585,19 @@ class Run:
         is_best = row["val_dice"] > self.best["best_dice"]
         if is_best:
             copied = {key: value.cpu().clone() for key, value in scored.items()}
-            self.best |= {"model": copied, "epoch": row["epoch"], "best_dice": row["val_dice"]}
+            self.best |= {"model": copied, "epoch": row["epoch"], "best_dice": row["val_dice"],
+                          "config": self.config}
             self.write(utils.write_checkpoint, "best.pth", self.best)
         if self.runtime.rank == 0:
             differing = {key: value for key, value in self.best["model"].items()
                          if not torch.equal(value, scored[key].cpu())}
             self.write(utils.write_checkpoint, "last.pth", state | {
                 "epoch": row["epoch"], "best_dice": self.best["best_dice"], "history": self.history,
-                "config": self.config, "best": {"epoch": self.best["epoch"], "model": differing}})
+                "config": self.config, "best": self.best | {"model": differing}})
+            self.write(utils.write_file, "config.json", as_json(self.config))
             self.write_history()
+            if is_best:  # what was said of another best.pth, where this run goes on
+                utils.remove(self.folder / name for name in REPORT_FILES)
         return is_best
 
     def write_history(self) -> None:
@@ -832,7 +838,8 @@ def train_network(network: models.EfficientSegNet, run: Run, checkpoint: dict | 
         run.config["features"] = keep_features(trainer, splits, plan.batch_size, earlier)
     if args.continues and run.config["features"] != earlier:
         runtime.log("Resume      features were kept otherwise before: the last bits will differ")
-    run.write(utils.write_file, "config.json", as_json(run.config))
+    if args.continues and run.config["loss"] != checkpoint["config"].get("loss"):
+        runtime.log(f"Resume      the epochs before had another loss; now it is {run.config['loss']}")
     if args.compile:
         trainer.compile_decode(args.image_size, plan.batch_size)
     n_trainable = sum(parameter.numel() for parameter in trainer.parameters)

@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -42,6 +43,11 @@ WRITE_REMEDIES = {
     errno.ENOENT: "the folder is gone; make it again",
 } | dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a folder you can write to")
 TEMPORARY_SUFFIX = ".tmp"
+LOST_PEER = "closed by peer|reset by peer|Broken pipe"  # what gloo says when another rank has gone
+
+
+# Class names in a script that matplotlib's font lacks are drawn as boxes.
+warnings.filterwarnings("ignore", r"Glyph \d+ .*missing from")
 
 
 class UserError(Exception):
@@ -103,9 +109,16 @@ def positive_float(text: str) -> float:
                                      "such as 0.001")
 
 
+def device_name(text: str) -> str:
+    """An argparse type: auto, cpu, cuda, cuda:N or mps."""
+    if re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", text, re.ASCII):
+        return text
+    raise argparse.ArgumentTypeError(f"{text}: expected auto, cpu, cuda, cuda:N or mps")
+
+
 @contextlib.contextmanager
 def user_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Turn UserError and the given kinds of exception into one line on stderr and exit status 1."""
+    """Turn UserError, the given kinds and the loss of another rank into one line on stderr and status 1."""
     try:
         yield
     except (UserError, *kinds) as error:
@@ -115,6 +128,12 @@ def user_errors(*kinds: type[Exception]) -> Iterator[None]:
             say(f"{Path(sys.argv[0]).name}: error: {who}{' '.join(str(error).split())}", "stderr")
         if shared and dist.is_initialized():
             dist.barrier()  # a process that ended before rank 0 had printed would take the job down
+        raise SystemExit(1) from error
+    except RuntimeError as error:
+        if not dist.is_initialized() or not re.search(LOST_PEER, str(error)):
+            raise
+        say(f"{Path(sys.argv[0]).name}: error: [rank {own_rank()}] another process of this job ended; its "
+            "line says why", "stderr")
         raise SystemExit(1) from error
 
 
@@ -154,7 +173,7 @@ def memory_errors(advice: Callable[[], str]) -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
         known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not known and not re.search("allocate memory|out of memory", str(error)):
+        if not known and not re.search("allocate memory|out of memory|not enough memory", str(error)):
             raise
         raise UserError(f"the device ran out of memory at {advice()}") from error
 
@@ -196,7 +215,9 @@ def is_torchrun() -> bool:
 
 def own_rank() -> int:
     """This process's place among those of its job."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    if dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ["RANK"]) if is_torchrun() else 0
 
 
 def local_processes() -> int:
@@ -223,10 +244,14 @@ def available_memory(root: Path = Path("/")) -> float:
     try:
         memory = re.search(r"^MemAvailable: +(\d+) kB", (root / "proc/meminfo").read_text(), re.MULTILINE)
         available = int(memory[1]) * 1024
-        groups = (root / "proc/self/cgroup").read_text()
     except (OSError, TypeError):  # not Linux
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # but macOS: all that there is
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return math.inf
-    own = root / "sys/fs/cgroup" / "".join(re.findall(r"^0::/(.*)", groups, re.MULTILINE))
+    own = root / "sys/fs/cgroup"
+    with contextlib.suppress(OSError, TypeError):  # from systems without control groups, or with old ones
+        groups = (root / "proc/self/cgroup").read_text()
+        own /= re.search(r"^0::/(.*)", groups, re.MULTILINE)[1]
     for group in (own, *own.parents):  # a limit holds for all groups below it
         with contextlib.suppress(OSError, ValueError):  # no control group, or one whose limit is "max"
             limit, used, details = ((group / name).read_text()
@@ -242,12 +267,14 @@ def select_device(name: str) -> torch.device:
     Each process of torchrun gets a GPU of its own. UserError if there is no such device, or the torch build
     has no kernels for the GPU.
     """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    mps = torch.backends.mps.is_available() and not is_torchrun()  # gloo exchanges no tensors of it
+    there = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
     if name == "auto":
         name = next(kind for kind in there if there[kind])
-    kind, _, number = name.partition(":")
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name, re.ASCII):
-        raise UserError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
+    try:
+        kind, _, number = device_name(name).partition(":")
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"--device {error}") from error
     if not there[kind]:
         raise UserError(f"--device {name}: torch {torch.__version__} finds no such GPU here; pass --device "
                         "cpu, or install the driver that cuda needs")

@@ -336,6 +336,8 @@ def download(tmp_path):
 
 
 def test_composites_from_the_original_download(download, tmp_path, capsys):
+    for path in download.glob("leftImg8bit/*/*/*.png"):
+        path.with_name(f"._{path.name}").write_bytes(b"what macOS leaves beside files")
     dataset.main([str(download), "--output", str(tmp_path / "data"), "--size", "64"])
     assert "2 composites" in capsys.readouterr().out
     (path,) = (tmp_path / "data" / "val").iterdir()

@@ -205,9 +205,13 @@ def test_a_numbered_gpu_under_torchrun(processes, tiny, tmp_path, fails, monkeyp
           "pass --device cuda")
 
 
-@pytest.mark.parametrize("device", ["cuda:77", "toaster", "cuda:x", "meta"])
-def test_devices_that_are_not_here(device, tiny, tmp_path, fails):
-    fails(train.main, arguments(tiny, tmp_path / "run", "--device", device), f"--device {device}")
+def test_a_gpu_that_is_not_here(tiny, tmp_path, fails):
+    fails(train.main, arguments(tiny, tmp_path / "run", "--device", "cuda:77"), "--device cuda:77")
+
+
+@pytest.mark.parametrize("device", ["toaster", "cuda:x", "cuda:", "meta", ""])
+def test_devices_of_no_kind(device, tiny, tmp_path, fails):
+    fails(train.main, arguments(tiny, tmp_path / "run", "--device", device), "--device", device, status=2)
 
 
 # --- Data ---------------------------------------------------------------------------------------------------
@@ -343,6 +347,10 @@ def a_number(path):
     torch.save({"out.weight": torch.tensor(1.0)}, path)
 
 
+def of_one_class(path):
+    torch.save({"out.weight": torch.zeros(1, 24, 1, 1)}, path)
+
+
 def one_bit_flipped(path):
     """By a failing disk, somewhere in the weights: it would load, and score less."""
     content = bytearray(path.read_bytes())
@@ -380,6 +388,7 @@ def a_folder(path):
     (one_bit_flipped, ["undamaged"]),
     (a_number, ["no checkpoint of EfficientSegNet"]),
     (another_network, ["no checkpoint of EfficientSegNet"]),
+    (of_one_class, ["no checkpoint of EfficientSegNet", "two or more classes"]),
     (another_architecture, ["missing"]),
     (another_optimizer, ["does not fit"]),
     (older_version, ["older version", "best.pth"]),
@@ -525,9 +534,12 @@ def test_a_class_table_with_a_colour_that_is_none(color, edit_classes, tiny, fai
     fails(train.main, arguments(tiny, "run"), "dataset.py", "'ego vehicle'", "0 to 255")
 
 
-def test_colours_of_any_number_type_end_in_a_readable_checkpoint(edit_classes, tiny, capsys):
-    edit_classes(entry._replace(color=tuple(map(np.uint8, entry.color))) for entry in dataset.CLASSES)
+def test_names_and_colours_of_any_type_end_in_a_readable_checkpoint(edit_classes, tiny, capsys):
+    edit_classes(entry._replace(name=np.str_(entry.name), color=tuple(map(np.uint8, entry.color)),
+                                thin=np.int64(entry.thin)) for entry in dataset.CLASSES)
+    assert dataset.project_decoder().thin.dtype == bool
     train.main(arguments(tiny, "run"))
+    train.main(["--evaluate", "run/best.pth", "--device", "cpu"])
     assert load("run/best.pth")["config"]["class_colors"][1] == [128, 64, 128]
 
 
@@ -873,8 +885,10 @@ def test_a_loss_that_is_no_number_later_keeps_the_checkpoints_and_says_so(run, f
     before = contents(run)
     fails(train.main, ["--resume", run / "last.pth", "--num_epochs", 2, *DIVERGING], "became nan in epoch 2",
           "--learning_rate", "--amp off", "The checkpoints of the epochs before are kept")
-    assert contents(run).keys() == before.keys()
+    after = contents(run)
+    assert after.keys() == before.keys() and after[Path("config.json")] == before[Path("config.json")]
     assert load(run / "last.pth")["epoch"] == load(run / "best.pth")["epoch"] == 1
+    assert load(run / "best.pth")["config"] == load(run / "last.pth")["config"]  # not the flags that failed
 
 
 @pytest.mark.usefixtures("heeding_signals")
@@ -904,6 +918,37 @@ def test_stopping_a_resumed_run_at_any_moment_leaves_its_checkpoints(moment, run
         fails(train.main, argv, "go on with", f"--resume {run / 'last.pth'}", status=130)
     assert load(run / "last.pth")["epoch"] == (2 if moment == "report_best" else 1)
     assert load(run / "best.pth")["epoch"] >= 1
+
+
+def test_a_new_best_epoch_makes_the_report_on_the_one_before_void(run, monkeypatch):
+    edit(run / "last.pth", best=load(run / "last.pth")["best"] | {"best_dice": 0.0})
+
+    def stop(*args, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train, "report_best", stop)
+        resume(run / "last.pth", "--num_epochs", 2)
+    assert load(run / "best.pth")["epoch"] == 2
+    assert not any((run / name).exists() for name in train.REPORT_FILES)
+    resume(run / "last.pth")
+    assert all((run / name).exists() for name in train.RUN_FILES)
+
+
+def test_a_run_resumed_with_another_loss_says_so(run, capsys):
+    edit(run / "last.pth", config=load(run / "last.pth")["config"] | {"loss": "hinge"})
+    resume(run / "last.pth", "--num_epochs", 2)
+    assert "had another loss; now it is cross entropy + soft Dice" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("heeding_signals")
+def test_stopping_while_worker_processes_start(tiny, tmp_path, fails):
+    """Python drops what a signal's handler raises in the middle of a fork."""
+    pending = [signal.SIGTERM]
+    os.register_at_fork(before=lambda: pending and os.kill(os.getpid(), pending.pop()))
+    argv = arguments(tiny, tmp_path / "run", "--no_cache", "--num_workers", 2)
+    fails(train.main, argv, "stopped by SIGTERM", status=143)
+    assert not pending
 
 
 def test_a_clean_up_that_fails_adds_no_traceback(tiny, tmp_path, fails, monkeypatch):
@@ -1258,7 +1303,9 @@ def out_of_memory(monkeypatch):
     MemoryError(),
     RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
     RuntimeError("CUDA error: out of memory"),  # another program has taken it all
-], ids=["Python", "torch", "driver"])
+    RuntimeError("[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory: you tried "
+                 "to allocate 68719476736 bytes."),  # Windows
+], ids=["Python", "torch", "driver", "Windows"])
 @pytest.mark.parametrize("place", ["to", "decode"])
 def test_memory_runs_out_in_other_places_too(error, place, tiny, tmp_path, finished, fails, monkeypatch):
     def fail(*args, **options):

@@ -485,7 +485,7 @@ def train_in_the_foreground(argv):
 
 @pytest.mark.parametrize("signal_number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_says_how_to_go_on(scenes, tmp_path, signal_number, status):
-    log, output = tmp_path / "log", tmp_path / "run"
+    log, output = tmp_path / "log", tmp_path / "my run"
     process = start(train_in_the_foreground, arguments(scenes, output, "--num_epochs", 500), log)
     while not (output / "last.pth").exists():
         time.sleep(0.05)
@@ -494,7 +494,7 @@ def test_a_stopped_run_says_how_to_go_on(scenes, tmp_path, signal_number, status
     process.join(60)
     text = log.read_text()
     assert process.exitcode == status and "Traceback" not in text, text
-    assert text.splitlines()[-1].endswith(f"--resume {output / 'last.pth'}")
+    assert text.splitlines()[-1].endswith(f"--resume '{output / 'last.pth'}'")
 
 
 def train_and_encode_slowly(argv):
@@ -728,6 +728,23 @@ def test_a_rank_that_dies_takes_the_job_down_and_the_run_resumes(scenes, tmp_pat
     assert epoch < 3
     train.main(["--resume", str(output / "last.pth"), "--num_epochs", str(epoch + 1)])
     assert load(output / "last.pth")["epoch"] == epoch + 1
+
+
+def fail_on_rank_1(argv):
+    def step(trainer, *batch):
+        if trainer.runtime.rank == 1:
+            raise utils.UserError("a photo has gone")
+        real(trainer, *batch)
+
+    real, train.Trainer.step = train.Trainer.step, step
+    train.main(argv)
+
+
+def test_a_rank_whose_neighbour_ends_says_so_in_a_line(scenes, tmp_path):
+    statuses, logs = run_ranks(fail_on_rank_1, arguments(scenes, tmp_path / "run"), 2, tmp_path)
+    assert statuses == [1, 1] and "Traceback" not in logs[0] + logs[1], logs
+    assert "error: [rank 0] another process of this job ended; its line says why" in logs[0]
+    assert "error: [rank 1] a photo has gone" in logs[1]
 
 
 @pytest.mark.parametrize("variables", [

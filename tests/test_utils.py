@@ -1,5 +1,4 @@
 """utils.py: arguments, devices, files that are whole at every moment, pictures."""
-import math
 import os
 import threading
 
@@ -85,6 +84,15 @@ def test_devices_that_are_not_here_are_refused(name):
         utils.select_device(name)
 
 
+def test_torchrun_on_a_mac_takes_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert utils.select_device("auto").type == "mps"
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"):
+        monkeypatch.setenv(name, "1")
+    assert utils.select_device("auto").type == "cpu"
+
+
 @pytest.mark.parametrize("capability, dtype", [
     ((6, 1), None), ((7, 0), torch.float16), ((7, 5), torch.float16),
     ((8, 6), torch.bfloat16), ((9, 0), torch.bfloat16),
@@ -156,6 +164,14 @@ def test_new_folders_get_a_number_where_their_name_is_taken(tmp_path):
     assert made == ["now", "now-2", "now-3"]
 
 
+def test_a_rank_that_has_not_met_the_others_yet_says_which_it_is(monkeypatch, capsys):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"):
+        monkeypatch.setenv(name, "2")
+    with pytest.raises(SystemExit), utils.user_errors():
+        raise UserError("there is no such file")
+    assert capsys.readouterr().err.endswith("error: [rank 2] there is no such file\n")
+
+
 def test_processes_of_one_machine_share_its_cores_and_memory(monkeypatch):
     monkeypatch.setattr(utils, "available_memory", lambda: 12_000)
     cpus = utils.available_cpus()
@@ -172,9 +188,10 @@ def test_available_memory_is_what_the_machine_its_container_and_a_job_leave(tmp_
         for name, text in files.items():
             (tmp_path / folder / name.replace("_", ".", 1)).write_text(text)
 
-    assert utils.available_memory(tmp_path) == math.inf
-    write("proc/self", cgroup="1:name=systemd:/\n")
+    assert utils.available_memory(tmp_path) == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     write("proc", meminfo="MemTotal:  9000 kB\nMemFree:  100 kB\nMemAvailable:    8000 kB\n")
+    assert utils.available_memory(tmp_path) == 8000 * 1024
+    write("proc/self", cgroup="1:name=systemd:/\n")
     assert utils.available_memory(tmp_path) == 8000 * 1024
     used = {"memory_current": "3000000\n", "memory_stat": "anon 5\ninactive_file 1000000\n"}
     write("sys/fs/cgroup", memory_max="max\n", **used)
