@@ -589,6 +589,8 @@ class Run:
                           "config": self.config}
             self.write(utils.write_checkpoint, "best.pth", self.best)
         if self.runtime.rank == 0:
+            if is_best:  # what an earlier end of this run said of another best.pth
+                utils.remove(self.folder / name for name in REPORT_FILES)
             differing = {key: value for key, value in self.best["model"].items()
                          if not torch.equal(value, scored[key].cpu())}
             self.write(utils.write_checkpoint, "last.pth", state | {
@@ -596,8 +598,6 @@ class Run:
                 "config": self.config, "best": self.best | {"model": differing}})
             self.write(utils.write_file, "config.json", as_json(self.config))
             self.write_history()
-            if is_best:  # what was said of another best.pth, where this run goes on
-                utils.remove(self.folder / name for name in REPORT_FILES)
         return is_best
 
     def write_history(self) -> None:
