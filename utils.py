@@ -45,7 +45,6 @@ WRITE_REMEDIES = {
 TEMPORARY_SUFFIX = ".tmp"
 LOST_PEER = "closed by peer|reset by peer|Broken pipe"  # what gloo says when another rank has gone
 
-
 # Class names in a script that matplotlib's font lacks are drawn as boxes.
 warnings.filterwarnings("ignore", r"Glyph \d+ .*missing from")
 

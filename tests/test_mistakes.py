@@ -1059,8 +1059,9 @@ def test_a_renamed_last_pth_does_not_touch_what_lies_beside_it(more, run, tmp_pa
     """A folder where somebody collects checkpoints: its best.pth may be of quite another run."""
     (run / "last.pth").rename(run / "mine.pth")
     before = contents(run)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as end:
         resume(run / "mine.pth", *more)
+    assert end.value.code == 1
     after = contents(run)
     assert {name: after.get(name) for name in before} == before
 
