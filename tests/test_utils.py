@@ -1,5 +1,6 @@
 """utils.py: arguments, devices, files that are whole at every moment, pictures."""
 import os
+import platform
 import threading
 
 import numpy as np
@@ -9,6 +10,14 @@ from PIL import Image
 
 import utils
 from utils import UserError
+
+
+@pytest.fixture
+def rank_2_of_4(monkeypatch):
+    """What torchrun tells a process."""
+    variables = {"RANK": "2", "LOCAL_RANK": "2", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
+    for name, value in (variables | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}).items():
+        monkeypatch.setenv(name, value)
 
 
 def make_parser():
@@ -84,13 +93,12 @@ def test_devices_that_are_not_here_are_refused(name):
         utils.select_device(name)
 
 
-def test_torchrun_on_a_mac_takes_the_cpu(monkeypatch):
+def test_torchrun_on_a_mac_takes_the_cpu(rank_2_of_4, monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert utils.select_device("auto").type == "mps"
-    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"):
-        monkeypatch.setenv(name, "1")
     assert utils.select_device("auto").type == "cpu"
+    monkeypatch.delenv("RANK")
+    assert utils.select_device("auto").type == "mps"
 
 
 @pytest.mark.parametrize("capability, dtype", [
@@ -164,22 +172,32 @@ def test_new_folders_get_a_number_where_their_name_is_taken(tmp_path):
     assert made == ["now", "now-2", "now-3"]
 
 
-def test_a_rank_that_has_not_met_the_others_yet_says_which_it_is(monkeypatch, capsys):
-    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"):
-        monkeypatch.setenv(name, "2")
+def test_a_rank_that_has_not_met_the_others_yet_says_which_it_is(rank_2_of_4, capsys):
     with pytest.raises(SystemExit), utils.user_errors():
         raise UserError("there is no such file")
     assert capsys.readouterr().err.endswith("error: [rank 2] there is no such file\n")
 
 
-def test_processes_of_one_machine_share_its_cores_and_memory(monkeypatch):
+def test_processes_of_one_machine_share_its_cores_and_memory(rank_2_of_4, monkeypatch):
     monkeypatch.setattr(utils, "available_memory", lambda: 12_000)
-    cpus = utils.available_cpus()
-    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_WORLD_SIZE"):
-        monkeypatch.setenv(name, "2")
-    assert utils.memory_share() == 12_000  # a stray variable says nothing
-    monkeypatch.setenv("MASTER_ADDR", "here")
-    assert utils.memory_share() == 6_000 and utils.available_cpus() == max(cpus // 2, 1)
+    share, cpus = utils.memory_share(), utils.available_cpus()
+    monkeypatch.delenv("MASTER_ADDR")
+    assert utils.memory_share() == 12_000  # the variables that are left are stray ones
+    assert share == 3_000 and cpus == max(utils.available_cpus() // 4, 1)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_freed_memory_is_kept_for_the_next_step():
+    resource = pytest.importorskip("resource")
+    utils.keep_freed_memory()
+
+    def new_pages():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(10_000_000)  # 40 MB are 9,766 pages
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    new_pages()
+    assert new_pages() < 100
 
 
 def test_available_memory_is_what_the_machine_its_container_and_a_job_leave(tmp_path):
