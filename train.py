@@ -132,6 +132,8 @@ def parse_args(argv: Sequence[str] | None) -> tuple[Namespace, dict | None]:
     path, checkpoint, remembered = given.get("resume") or given.get("evaluate"), None, {}
     if path:
         checkpoint = models.load_checkpoint(path)
+        if not is_own(checkpoint["config"]):
+            checkpoint["config"] = {}
         remembered = recall_recipe(checkpoint, path)
     if "data_dir" in given or "demo" in given:  # either wins over both that are remembered
         remembered |= {"data_dir": defaults["data_dir"], "demo": False}
@@ -146,9 +148,7 @@ def parse_args(argv: Sequence[str] | None) -> tuple[Namespace, dict | None]:
 
 
 def recall_recipe(checkpoint: dict, path: Path) -> dict:
-    """The flags that a checkpoint remembers. Its config becomes {} if another program wrote it."""
-    if not is_own(checkpoint["config"]):
-        checkpoint["config"] = {}
+    """The flags that a checkpoint remembers."""
     settings = checkpoint["config"].get("settings", {"encoder_weights": f"those of {path}"})
     remembered = {name: value for name, value in settings.items() if name in RECIPE}
     return remembered | {"num_classes": len(checkpoint["model"]["out.weight"])}
