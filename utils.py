@@ -271,7 +271,8 @@ def keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
         mallopt(M_TRIM_THRESHOLD, -1)  # never
-        mallopt(M_MMAP_THRESHOLD, 256 * 2**20)
+        # An older glibc refuses more than 32 MB.
+        mallopt(M_MMAP_THRESHOLD, 256 * 2**20) or mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
 
 
 def select_device(name: str) -> torch.device:
