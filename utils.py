@@ -5,7 +5,6 @@ It knows no other file of the project: class names and colours arrive as argumen
 import argparse
 import contextlib
 import csv
-import ctypes
 import difflib
 import errno
 import io
@@ -44,7 +43,6 @@ WRITE_REMEDIES = {
     errno.ENOENT: "the folder is gone; make it again",
 } | dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a folder you can write to")
 TEMPORARY_SUFFIX = ".tmp"
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 LOST_PEER = "closed by peer|reset by peer|Broken pipe"  # what gloo says when another rank has gone
 
 # Class names in a script that matplotlib's font lacks are drawn as boxes.
@@ -262,19 +260,6 @@ def available_memory(root: Path = Path("/")) -> float:
     return available
 
 
-def keep_freed_memory() -> None:
-    """Have glibc's malloc keep what is freed, blocks of up to 256 MB, for the next step.
-
-    By default it gives the maps of each step back to the system, which then clears their pages anew: a fifth of a
-    training step on a CPU. Does nothing where the C library is another. Source: mallopt(3).
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(M_TRIM_THRESHOLD, -1)  # never
-        # An older glibc refuses more than 32 MB.
-        mallopt(M_MMAP_THRESHOLD, 256 * 2**20) or mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
-
-
 def select_device(name: str) -> torch.device:
     """The device that --device names; "auto" is the first of cuda, mps and cpu that can be used.
 
@@ -366,8 +351,6 @@ class Runtime:
     def start(cls, device_name: str, amp: str) -> "Runtime":
         """Choose device and precision and, under torchrun, join the others. UserError as in select_device."""
         device = select_device(device_name)
-        if device.type == "cpu":
-            keep_freed_memory()
         world_size = int(os.environ["WORLD_SIZE"]) if is_torchrun() else 1
         if world_size > 1 and not dist.is_initialized():
             backend = "nccl" if device.type == "cuda" else "gloo"

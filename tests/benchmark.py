@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import copy
 import csv
-import ctypes
 import importlib.util
 import io
 import itertools
@@ -517,27 +516,6 @@ def compare_finetuning(settings: Settings) -> None:
     compare(epochs, settings.repeats, "training, batch 4, {}, images/s")
 
 
-def compare_kept_memory(settings: Settings) -> None:
-    """What utils.keep_freed_memory gives on a CPU, against the limits that glibc's malloc comes to by itself."""
-    if settings.device.startswith("cuda") or not hasattr(ctypes.CDLL(None), "mallopt"):
-        return
-
-    def given_back(epoch: Timed) -> tuple[int, float]:
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(utils.M_TRIM_THRESHOLD, 64 * 2**20)
-        mallopt(utils.M_MMAP_THRESHOLD, 32 * 2**20)
-        measured = epoch()
-        utils.keep_freed_memory()
-        return measured
-
-    print_title("Freed memory on a CPU", "given back", "kept")
-    frozen = Setup(settings.few, "cpu").keep_features()
-    for name, setup in (("frozen", frozen), ("fine-tuning", Setup(settings.few, "cpu", "--finetune_encoder"))):
-        epoch = setup.epoch(setup.trainer(), 4, settings.n_images // 2)
-        compare({"given back": partial(given_back, epoch), "kept": epoch}, settings.repeats,
-                f"training, batch 4, {name}, images/s")
-
-
 def compare_compile(settings: Settings) -> None:
     """What --compile gives, and how long it takes."""
     setup = Setup(settings.few, settings.device).keep_features()
@@ -551,9 +529,8 @@ def compare_compile(settings: Settings) -> None:
 
 
 SECTIONS = {"loop": compare_loop, "growth": compare_growth, "processes": compare_processes,
-            "peers": compare_peers, "finetuning": compare_finetuning, "memory": compare_kept_memory,
-            "compile": compare_compile}
-QUICK_SECTIONS = 4  # the others take too long for --quick
+            "peers": compare_peers, "finetuning": compare_finetuning, "compile": compare_compile}
+QUICK_SECTIONS = 4  # the last two take too long for --quick
 
 
 # --- Whole runs ---------------------------------------------------------------------------------------------
@@ -632,7 +609,7 @@ def get_args_parser() -> utils.ArgumentParser:
     parser.add_argument("sections", nargs="*", metavar="SECTION",
                         help=f"{', '.join(SECTIONS)}; all if left out")
     parser.add_argument("--quick", action="store_true",
-                        help="less of all, and not the last three sections unless named: within a minute")
+                        help="less of all, and not the last two sections unless named: within a minute")
     parser.add_argument("--whole_runs", type=utils.whole_number(1), nargs="?", const=WHOLE_RUN["train"],
                         metavar="N", help="time train.py instead, with and without --compile, --no_cache and "
                                           "--finetune_encoder, on N composites, %(const)s if left out, and "

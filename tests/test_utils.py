@@ -1,6 +1,5 @@
 """utils.py: arguments, devices, files that are whole at every moment, pictures."""
 import os
-import platform
 import threading
 
 import numpy as np
@@ -184,19 +183,6 @@ def test_processes_of_one_machine_share_its_cores_and_memory(rank_2_of_4, monkey
     monkeypatch.delenv("MASTER_ADDR")
     assert utils.memory_share() == 12_000  # the variables that are left are stray ones
     assert share == 3_000 and cpus == max(utils.available_cpus() // 4, 1)
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
-def test_freed_memory_is_kept_for_the_next_step():
-    resource = pytest.importorskip("resource")
-    utils.keep_freed_memory()
-
-    def new_pages():
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(10_000_000)  # 40 MB are 9,766 pages
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-    assert min(new_pages() for _ in range(5)) < 100  # not at once, where the heap has holes
 
 
 def test_available_memory_is_what_the_machine_its_container_and_a_job_leave(tmp_path):
