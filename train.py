@@ -539,7 +539,7 @@ def claimed_folder(args: Namespace, config: dict) -> Iterator[Path]:
             yield folder
         except KeyboardInterrupt as interrupt:
             if (folder / "last.pth").exists():
-                remedy = f"go on with: python train.py --resume {quote(str(folder / 'last.pth'))}"
+                remedy = f"go on with it: --resume {quote(str(folder / 'last.pth'))}"
                 interrupt.__notes__ = [remedy]  # add_note came with Python 3.11
             raise
         finally:
