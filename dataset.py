@@ -553,7 +553,8 @@ class CompositeDataset(Dataset):
         """
         project_decoder()  # built before the workers fork, so that each has it
         # Without collate_fn it would make tensors of the arrays, in the workers.
-        loader = DataLoader(self, batch_size=None, sampler=order, num_workers=workers, collate_fn=tuple)
+        loader = DataLoader(self, batch_size=None, sampler=order, num_workers=workers, collate_fn=tuple,
+                            worker_init_fn=ignore_sigterm)
         try:
             if workers:
                 multiprocessing.Lock()  # where there can be none, a DataLoader leaves a traceback too
@@ -567,6 +568,11 @@ class CompositeDataset(Dataset):
                 raise
             raise DatasetError(f"{workers} processes could not read the composites ({error}); pass "
                                "--num_workers 0") from error
+
+
+def ignore_sigterm(worker: int) -> None:
+    """In a worker: a batch system stops it along with the main process, which then ends it without errors."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
