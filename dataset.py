@@ -554,7 +554,7 @@ class CompositeDataset(Dataset):
         project_decoder()  # built before the workers fork, so that each has it
         # Without collate_fn it would make tensors of the arrays, in the workers.
         loader = DataLoader(self, batch_size=None, sampler=order, num_workers=workers, collate_fn=tuple,
-                            worker_init_fn=ignore_sigterm)
+                            worker_init_fn=end_quietly_at_sigterm)
         try:
             if workers:
                 multiprocessing.Lock()  # where there can be none, a DataLoader leaves a traceback too
@@ -570,9 +570,9 @@ class CompositeDataset(Dataset):
                                "--num_workers 0") from error
 
 
-def ignore_sigterm(worker: int) -> None:
-    """In a worker: a batch system stops it along with the main process, which then ends it without errors."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def end_quietly_at_sigterm(worker: int) -> None:
+    """In a worker: killed along with the main process, by a batch system, it would leave a traceback there."""
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
 
 
 @contextlib.contextmanager
