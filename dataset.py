@@ -571,7 +571,7 @@ class CompositeDataset(Dataset):
 
 
 def end_quietly_at_sigterm(worker: int) -> None:
-    """In a worker: killed along with the main process, by a batch system, it would leave a traceback there."""
+    """In a worker: a batch system ends it along with the main process, which would print a traceback."""
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
 
 
