@@ -76,6 +76,13 @@ class DepthwiseConv2d(nn.Conv2d):
             return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
+def use_depthwise(network: nn.Module) -> None:
+    """Let every depthwise nn.Conv2d of a network be a DepthwiseConv2d, which adds no state, in place."""
+    for module in network.modules():
+        if type(module) is nn.Conv2d and module.groups > 1:
+            module.__class__ = DepthwiseConv2d
+
+
 class EfficientSegNet(nn.Module):
     """Semantic segmentation network: ImageNet-normalised photos in, one logit per class and pixel out.
 
@@ -172,12 +179,7 @@ def load_features(encoder_weights: str | Path | None) -> nn.Sequential:
     choice = str(encoder_weights)
     backbone = download_backbone() if choice == "imagenet" else efficientnet_b0(stochastic_depth_prob=0)
     features = backbone.features
-    for block in features.modules():
-        if isinstance(block, nn.Sequential) and isinstance(block[0], nn.Conv2d) and block[0].groups > 1:
-            conv = block[0]
-            block[0] = DepthwiseConv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride,
-                                       conv.padding, groups=conv.groups, bias=False)
-            block[0].weight = conv.weight
+    use_depthwise(features)
     if choice == "none":
         # With mean 0 and variance 1, which never move in a frozen encoder, the signal would shrink from layer
         # to layer, to 1e-13 at its end: take the statistics of its own activations on smooth noise.
