@@ -499,14 +499,15 @@ def cut(classes):
     return classes[:19]
 
 
-@pytest.mark.parametrize("change, words", [
+@pytest.mark.parametrize("case", [
     (renamed, ["class 5 is fence", "railing"]),
     (reordered, ["class 12 is person", "rider"]),
     (recoloured, ["class 7 is traffic light", "(250, 171, 33)"]),
     (cut, ["class 19 is bicycle", "missing"]),
-], ids=lambda value: getattr(value, "__name__", ""))
-@pytest.mark.parametrize("flag, name", CHECKPOINTS)
-def test_a_checkpoint_whose_ids_mean_something_else(flag, name, change, words, finished, edit_classes, fails):
+], ids=lambda case: case[0].__name__)
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS, ids=" ".join)
+def test_a_checkpoint_whose_ids_mean_something_else(checkpoint, case, finished, edit_classes, fails):
+    (flag, name), (change, words) = checkpoint, case
     edit_classes(change(dataset.CLASSES))
     more = ["--num_epochs", 2] if flag == "--resume" else []
     fails(train.main, [flag, finished / name, *more, "--device", "cpu"], name, *words, "restore CLASSES")
@@ -896,15 +897,15 @@ def test_a_loss_that_is_no_number_later_keeps_the_checkpoints_and_says_so(run, f
     ("load_splits", signal.SIGTERM), ("load_splits", signal.SIGINT), ("keep_features", signal.SIGINT),
     ("train_one_epoch", signal.SIGINT), ("evaluate", signal.SIGINT),
 ])
-def test_stopping_a_new_run_before_its_first_epoch(moment, signal_number, tiny, tmp_path, monkeypatch, fails):
+def test_stopping_a_new_run_before_its_first_epoch(moment, signal_number, tiny, monkeypatch, fails):
     def stop(*args, **options):
         signal.raise_signal(signal_number)
         raise AssertionError("the signal was lost")
 
     monkeypatch.setattr(train, moment, stop)
     words = [f"stopped by {signal_number.name}", "start again"]
-    fails(train.main, arguments(tiny, tmp_path / "run"), *words, status=128 + signal_number)
-    assert not (tmp_path / "run").exists()
+    fails(train.main, arguments(tiny, "run"), *words, status=128 + signal_number)
+    assert not Path("run").exists()
 
 
 @pytest.mark.parametrize("moment", ["load_splits", "report_best"])
@@ -1155,11 +1156,11 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(run, fails, monkeypatc
 
 
 @pytest.mark.parametrize("number, advice", ADVICE, ids=lambda value: errno.errorcode.get(value, ""))
-def test_a_new_folder_that_cannot_be_written_ends_in_advice_that_fits(number, advice, tiny, tmp_path, fails,
-                                                                      monkeypatch):
+def test_a_new_folder_that_cannot_be_written_ends_in_fitting_advice(number, advice, tiny, fails, monkeypatch):
     monkeypatch.setattr(os, "fsync", refuse(number))
-    fails(train.main, arguments(tiny, tmp_path / "run"), tmp_path / "run", os.strerror(number), advice)
-    assert contents(tmp_path) == {}
+    run = Path("run").absolute()
+    fails(train.main, arguments(tiny, run), run, os.strerror(number), advice)
+    assert contents(run.parent) == {}
 
 
 def test_a_new_folder_without_room_for_its_config_is_gone_again(tiny, tmp_path, fails, monkeypatch):
@@ -1308,14 +1309,15 @@ def out_of_memory(monkeypatch):
                  "to allocate 68719476736 bytes."),  # Windows
 ], ids=["Python", "torch", "driver", "Windows"])
 @pytest.mark.parametrize("place", ["to", "decode"])
-def test_memory_runs_out_in_other_places_too(error, place, tiny, tmp_path, finished, fails, monkeypatch):
+def test_memory_runs_out_in_other_places_too(error, place, tiny, finished, fails):
     def fail(*args, **options):
         raise error
 
-    monkeypatch.setattr(models.EfficientSegNet, place, fail)
-    fails(train.main, arguments(tiny, tmp_path / "run", "--batch_size", 6), "memory", "try --batch_size 3")
-    argv = [tiny / "val" / "1.jpg", "--checkpoint", finished / "best.pth", "--output", tmp_path / "mask.png"]
-    fails(predict.main, argv, "out of memory", "try --device cpu, or again")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models.EfficientSegNet, place, fail)
+        fails(train.main, arguments(tiny, "run", "--batch_size", 6), "memory", "try --batch_size 3")
+        argv = [tiny / "val" / "1.jpg", "--checkpoint", finished / "best.pth", "--output", "mask.png"]
+        fails(predict.main, argv, "out of memory", "try --device cpu, or again")
 
 
 def test_out_of_memory_names_a_batch_that_may_fit(out_of_memory, tiny, tmp_path, fails):

@@ -73,6 +73,17 @@ def photos(photo, tmp_path):
 
 
 @pytest.fixture
+def save_odd(weights, config, tmp_path):
+    """Write odd.pth, a checkpoint whose config has these changes; returns its path."""
+
+    def save(**changes):
+        torch.save({"model": weights, "config": config | changes}, tmp_path / "odd.pth")
+        return tmp_path / "odd.pth"
+
+    return save
+
+
+@pytest.fixture
 def run(checkpoint):
     """predict.main with a checkpoint; returns the exit status."""
 
@@ -286,11 +297,10 @@ def test_composites_of_more_classes_than_dataset_py_has_are_refused(
     ],
     ids=str,
 )
-def test_a_table_that_does_not_fit_the_network_is_refused(changes, photos, weights, config, tmp_path, fails):
-    torch.save({"model": weights, "config": config | changes}, tmp_path / "odd.pth")
+def test_a_table_that_does_not_fit_the_network_is_refused(changes, photos, save_odd, tmp_path, fails):
     fails(
         predict.main,
-        [photos, "--checkpoint", tmp_path / "odd.pth", "--output", tmp_path / "masks"],
+        [photos, "--checkpoint", save_odd(**changes), "--output", tmp_path / "masks"],
         "odd.pth",
         f"{N_CLASSES} classes",
         "CLASSES of dataset.py",
@@ -298,11 +308,10 @@ def test_a_table_that_does_not_fit_the_network_is_refused(changes, photos, weigh
 
 
 @pytest.mark.parametrize("size", [100, 0, -64, 64.0, "64", None, True], ids=repr)
-def test_a_checkpoint_of_an_impossible_image_size_is_refused(size, photos, weights, config, tmp_path, fails):
-    torch.save({"model": weights, "config": config | {"image_size": size}}, tmp_path / "odd.pth")
+def test_a_checkpoint_of_an_impossible_image_size_is_refused(size, photos, save_odd, tmp_path, fails):
     fails(
         predict.main,
-        [photos, "--checkpoint", tmp_path / "odd.pth", "--output", tmp_path / "masks"],
+        [photos, "--checkpoint", save_odd(image_size=size), "--output", tmp_path / "masks"],
         "odd.pth",
         "multiples of 32",
     )
@@ -360,8 +369,7 @@ def test_a_folder_in_a_folder_out_in_batches_in_natural_order(photo, run, tmp_pa
 
 @pytest.mark.usefixtures("heeding_signals")
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
-def test_stopping_in_the_middle_keeps_the_masks_so_far(signal_number, photos, checkpoint, tmp_path,
-                                                       monkeypatch, fails):
+def test_stopping_in_the_middle_keeps_the_masks_so_far(signal_number, photos, checkpoint, monkeypatch, fails):
     write = predict.write_own
 
     def stop_at_the_second(path, image):
@@ -370,10 +378,11 @@ def test_stopping_in_the_middle_keeps_the_masks_so_far(signal_number, photos, ch
         write(path, image)
 
     monkeypatch.setattr(predict, "write_own", stop_at_the_second)
-    argv = [photos, "--output", tmp_path / "masks", "--checkpoint", checkpoint, "--device", "cpu"]
+    masks = photos.with_name("masks")
+    argv = [photos, "--output", masks, "--checkpoint", checkpoint, "--device", "cpu"]
     words = [f"stopped by {signal_number.name}", "are whole", "the same command"]
     fails(predict.main, argv, *words, status=128 + signal_number)
-    assert set(content(tmp_path / "masks")) == {"0.png"}
+    assert set(content(masks)) == {"0.png"}
 
 
 @pytest.mark.parametrize("flags", [[], ["--overlay"]])
@@ -456,8 +465,9 @@ def arrange(folder, name):
     return path
 
 
+@pytest.mark.usefixtures("photos")
 @pytest.mark.parametrize(
-    ("extra", "argv", "words"),
+    "case",
     [
         ([], ["photos", "--output", "photos"], ["photos/0.png is there", "choose another --output"]),
         ([], ["photos/0.png", "--output", "photos/0.png"], ["photos/0.png is there"]),
@@ -489,9 +499,8 @@ def arrange(folder, name):
         ([], ["photos/gone", "--output", "masks"], ["photos/gone: no such file"]),
     ],
 )
-def test_outputs_are_checked_before_the_first_is_written(
-    extra, argv, words, photos, checkpoint, tmp_path, monkeypatch, fails
-):
+def test_outputs_are_checked_before_the_first_is_written(case, checkpoint, tmp_path, monkeypatch, fails):
+    extra, argv, words = case
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     for name in extra:
@@ -535,17 +544,19 @@ def test_an_image_size_other_than_the_checkpoints_is_refused(photos, checkpoint,
     assert run(photos / "0.png", "--output", tmp_path / "m", "--image_size", 64) == 0
 
 
+@pytest.mark.usefixtures("photos")
 @pytest.mark.parametrize(
     ("name", "words"),
     [("gone.pth", "gone.pth"), ("text.jpg", "text.jpg"), ("other.pth", "missing"), ("nan.pth", "NaN")],
 )
-def test_checkpoints_that_are_none_end_in_one_line(name, words, photos, checkpoint, tmp_path, fails):
+def test_checkpoints_that_are_none_end_in_one_line(name, words, checkpoint, tmp_path, fails):
     (tmp_path / "text.jpg").write_text("this is no checkpoint")
     broken = torch.load(checkpoint, weights_only=True)
     broken["model"]["out.bias"][3] = torch.nan  # its masks would be background all over
     torch.save(broken, tmp_path / "nan.pth")
     torch.save({"out.weight": torch.zeros(20, 24, 1, 1)}, tmp_path / "other.pth")
-    fails(predict.main, [photos, "--checkpoint", tmp_path / name, "--output", tmp_path / "m"], name, words)
+    argv = [tmp_path / "photos", "--checkpoint", tmp_path / name, "--output", tmp_path / "m"]
+    fails(predict.main, argv, name, words)
 
 
 def test_a_mistyped_flag_is_named(photos, checkpoint, fails):
@@ -558,7 +569,7 @@ def test_a_mistyped_flag_is_named(photos, checkpoint, fails):
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "words"),
+    "case",
     [
         ("photo.heic", b"x", "does not read .heic"),
         ("photo.dng", b"II*\0", "does not read .dng"),
@@ -566,9 +577,8 @@ def test_a_mistyped_flag_is_named(photos, checkpoint, fails):
         ("photo.png", b"", "cannot be read"),
     ],
 )
-def test_a_bad_photo_among_good_ones_is_named_and_costs_none_of_them(
-    name, data, words, photos, run, tmp_path, capsys
-):
+def test_a_bad_photo_among_good_ones_is_named_and_costs_none_of_them(case, photos, run, tmp_path, capsys):
+    name, data, words = case
     (photos / name).write_bytes(data)
     assert run(photos, "--output", tmp_path / "masks") == 1
     captured = capsys.readouterr()
@@ -604,13 +614,14 @@ def broken_stream(kind):
     "kind", ["missing", "closed", "ascii", "full disk", "pipe without reader", "terminal that hung up"]
 )
 @pytest.mark.parametrize("name", ["stdout", "stderr"])
-def test_a_stream_that_takes_nothing_ends_no_run(name, kind, photos, run, tmp_path, monkeypatch):
+def test_a_stream_that_takes_nothing_ends_no_run(name, kind, photos, run, monkeypatch):
     (photos / "0.png").rename(photos / os.fsdecode(b"\xff\xe9.png"))  # a name that no encoding has
     (photos / "damaged.png").write_bytes(b"")  # a line for stderr
     stream = broken_stream(kind)
     monkeypatch.setattr(sys, name, stream)
-    assert run(photos, "--output", tmp_path / "masks") == 1
-    assert sorted(os.listdir(os.fsencode(tmp_path / "masks"))) == [b"1.png", b"2.png", b"\xff\xe9.png"]
+    masks = photos.with_name("masks")
+    assert run(photos, "--output", masks) == 1
+    assert sorted(os.listdir(os.fsencode(masks))) == [b"1.png", b"2.png", b"\xff\xe9.png"]
     if kind not in ("missing", "closed"):
         stream.flush()  # as Python does when it exits, with status 120 if it fails
 

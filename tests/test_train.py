@@ -1,5 +1,6 @@
 """train.py: the whole path on synthetic scenes, one step and its parts, resuming, and many processes."""
 import copy
+import itertools
 import json
 import math
 import os
@@ -119,19 +120,18 @@ def figures_line(text):
 
 @pytest.mark.parametrize("flip", [[], ["--flip"]])
 @pytest.mark.parametrize("heights", [(128, 128, 160), (64, 64, 64)])
-def test_evaluate_and_predict_agree_at_any_size(scenes, run_dir, tmp_path, capsys, flip, heights):
-    """The checkpoint sees 64x64; two of the labels have 128x128 pixels, one 160x160."""
-    (tmp_path / "data" / "val").mkdir(parents=True)
-    for name, height in zip(("1.jpg", "2.jpg", "3.jpg"), heights):
-        composite = Image.open(scenes / "val" / name).resize((2 * height, height), Image.Resampling.NEAREST)
-        composite.save(tmp_path / "data" / "val" / name.replace("jpg", "png"))
-    train.main(["--evaluate", str(run_dir / "best.pth"), "--data_dir", str(tmp_path / "data"),
-                "--device", "cpu", *flip])
+def test_evaluate_and_predict_agree_at_any_size(own_scenes, run_dir, capsys, flip, heights):
+    """The checkpoint sees 64x64; the labels have 64x64, or 128x128 and some 160x160 pixels."""
+    for path, height in zip(sorted((own_scenes / "val").iterdir()), itertools.cycle(heights)):
+        composite = Image.open(path).resize((2 * height, height), Image.Resampling.NEAREST)
+        composite.save(path.with_suffix(".png"))
+        path.unlink()
+    chosen = ["--device", "cpu", *flip]
+    train.main(["--evaluate", str(run_dir / "best.pth"), "--data_dir", str(own_scenes), *chosen])
     scored = figures_line(capsys.readouterr().out).split()
-    predict([str(tmp_path / "data" / "val"), "--composite", "--checkpoint", str(run_dir / "best.pth"),
-             "--device", "cpu",
-             "--output", str(tmp_path / "masks"), *flip])
-    together = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("All 3"))
+    predict([str(own_scenes / "val"), "--composite", "--checkpoint", str(run_dir / "best.pth"),
+             "--output", str(own_scenes / "masks"), *chosen])
+    together = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("All 7"))
     assert f"dice {scored[1]}" in together and f"mean IoU {scored[5]}" in together
 
 
@@ -151,11 +151,12 @@ def test_kept_features_and_encoding_in_every_step_give_the_same_figures(scenes, 
             assert float(kept[name]) == pytest.approx(float(fresh[name]), abs=0.01), name
 
 
-@pytest.mark.parametrize("available, words", [
+@pytest.mark.parametrize("case", [
     (10_000, "do not fit in memory"),
     (2_200_000, "fit nowhere: the encoder runs in every step"),  # images 1.0 MB, features in float16 2.0
 ])
-def test_short_memory_keeps_less_and_says_so(scenes, tmp_path, capsys, monkeypatch, available, words):
+def test_short_memory_keeps_less_and_says_so(scenes, tmp_path, capsys, monkeypatch, case):
+    available, words = case
     monkeypatch.setattr(utils, "available_memory", lambda: available)
     argv = arguments(scenes, tmp_path / "run", "--num_epochs", 1, "--num_workers", 0)
     train.main([*argv, "--image_size", "128"])
