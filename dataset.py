@@ -1,44 +1,39 @@
-"""Composites on disk to batches on the device: class table, label decoder, reading, data sets, augmentation.
+"""Composites on disk to batches on the device: class table, label decoder, photos, splits, augmentation.
 
 A composite is one picture twice as wide as high, the photo on its left, the colour-coded label on its right.
-Run as a program, this file makes composites from the original Cityscapes download: python dataset.py --help
+Run as a program, this file makes composites of photos and labels: python dataset.py --help
 """
 import argparse
 import contextlib
 import functools
-import io
-import math
-import mimetypes
-import multiprocessing
+import itertools
 import os
 import re
-import signal
-import stat
-import threading
+import tempfile
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
-import PIL
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset
+from torch.utils.data import BatchSampler
 from tqdm.auto import tqdm
+
+from utils import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB in 0..1
 PHOTOMETRIC = 0.2  # largest relative change of brightness and of contrast
-READ_BATCH = 8  # composites that a worker hands over at once
 ENCODE_BATCH = 16  # photos that a frozen encoder takes at once
-MANY_FILES = 256  # fewer are read sooner than worker processes start
 
 
-class DatasetError(Exception):
+class DatasetError(UserError):
     """A file or folder of the data set that cannot be used. The message names it and the remedy."""
 
 
@@ -48,26 +43,26 @@ class DatasetError(Exception):
 class SegmentationClass(NamedTuple):
     name: str
     color: tuple[int, int, int]
+    further: dict[str, tuple] = MappingProxyType({})  # what counts as this class too, with its colours
     thin: bool = False  # mostly too thin to hold a pixel of its pure colour
 
 
 # The index is the class id; id 0 is the background, whatever its name. Names and colours are those of the
-# official Cityscapes scripts (Cordts et al., 2016, arXiv:1604.01685). Edit them for other labels, 2 to 60.
+# official Cityscapes scripts (Cordts et al., 2016, arXiv:1604.01685). Edit them for other labels, 2 to 60;
+# further colours may move to another class (caravan to car, say); without them void would become bicycles.
 CLASSES = tuple(SegmentationClass(*entry) for entry in (
-    ("background", (0, 0, 0)), ("road", (128, 64, 128)), ("sidewalk", (244, 35, 232)),
-    ("building", (70, 70, 70)), ("wall", (102, 102, 156)), ("fence", (190, 153, 153)),
-    ("pole", (153, 153, 153), True),
+    ("background", (0, 0, 0), {
+        "dynamic": (111, 74, 0), "ground": (81, 0, 81), "parking": (250, 170, 160),
+        "rail track": (230, 150, 140), "guard rail": (180, 165, 180), "bridge": (150, 100, 100),
+        "tunnel": (150, 120, 90), "caravan": (0, 0, 90), "trailer": (0, 0, 110)}),
+    ("road", (128, 64, 128)), ("sidewalk", (244, 35, 232)), ("building", (70, 70, 70)),
+    ("wall", (102, 102, 156)), ("fence", (190, 153, 153)), ("pole", (153, 153, 153), {}, True),
     ("traffic light", (250, 170, 30)), ("traffic sign", (220, 220, 0)), ("vegetation", (107, 142, 35)),
     ("terrain", (152, 251, 152)), ("sky", (70, 130, 180)), ("person", (220, 20, 60)), ("rider", (255, 0, 0)),
     ("car", (0, 0, 142)), ("truck", (0, 0, 70)), ("bus", (0, 60, 100)), ("train", (0, 80, 100)),
     ("motorcycle", (0, 0, 230)), ("bicycle", (119, 11, 32)),
 ))
-# Colours of what is not scored; they count as background. Without them the decoder would see bicycles there.
-VOID_COLORS = {
-    "dynamic": (111, 74, 0), "ground": (81, 0, 81), "parking": (250, 170, 160), "rail track": (230, 150, 140),
-    "guard rail": (180, 165, 180), "bridge": (150, 100, 100), "tunnel": (150, 120, 90), "caravan": (0, 0, 90),
-    "trailer": (0, 0, 110),
-}
+SCORE_BACKGROUND = False  # True where id 0 is a class like any other ("not road"): it counts in every figure
 
 SURE_DISTANCE = 12  # in RGB: flat areas stay within 6 of their colour at JPEG quality 95
 LUMA_WEIGHT = 4  # 4:2:0 blurs chroma alone, so luma tells better on which side of an edge a pixel lies
@@ -76,7 +71,8 @@ THIN_DISTANCE = 16  # in to_features: mixtures are as grey as poles, but seldom 
 MIN_PALETTE_SHARE = 0.45  # sure pixels, background aside: real labels have 0.60 and more, photos up to 0.32
 STRANGE_DISTANCE = 14  # in RGB: JPEG can move the colour of a narrow flat area by 13
 MAX_STRANGE = 15  # flat places in a strange colour: real labels have 0 to 7
-FLAT_SIZE, FLAT_SPREAD = 5, 8  # 5x5 pixels that differ by 8 at most: hardly any edge stays even over so many
+FLAT = (5, 8)  # 5x5 pixels that differ by 8 at most: hardly any edge stays even over so many
+LOSSLESS_FLAT = (3, 0)  # where no JPEG has blurred: 3x3 of one colour
 
 
 class LabelDecoder:
@@ -85,14 +81,14 @@ class LabelDecoder:
     DatasetError unless there are 2 to 60 classes, each colour an RGB triple of 0..255, none there twice.
     """
 
-    def __init__(self, classes: Sequence[SegmentationClass], void_colors: dict[str, tuple]) -> None:
-        table = [*classes, *(SegmentationClass(*item) for item in void_colors.items())]
+    def __init__(self, classes: Sequence[SegmentationClass]) -> None:
+        table = [(entry.name, entry.color, i, entry.thin) for i, entry in enumerate(classes)]
+        table += [(*item, i, False) for i, entry in enumerate(classes) for item in entry.further.items()]
         check_table(table, len(classes))
+        _, colors, ids, thin = zip(*table)
         self.n_classes = len(classes)
-        self.colors = np.array([entry.color for entry in table], dtype=np.uint8)  # (K, 3), void last
-        self.ids = np.arange(len(table), dtype=np.uint8)  # (K,)
-        self.ids[self.n_classes :] = 0
-        self.thin = np.array([bool(entry.thin) for entry in table])  # (K,)
+        self.colors = np.array(colors, dtype=np.uint8)  # (K, 3), further ones last
+        self.ids, self.thin = np.array(ids, dtype=np.uint8), np.array(thin, dtype=bool)  # (K,)
         self.features = to_features(self.colors)
         self.standalone = (self.ids > 0) & (distance_to_mixtures(self.features) > STANDALONE_DISTANCE)
         self.no_color = len(table)  # stands for "no colour" where an index into colors is expected
@@ -135,7 +131,7 @@ class LabelDecoder:
         allowed[:, ~allowed.any(axis=0)] = anywhere | ~anywhere.any()
 
         pixels, colors = to_features(rgb.reshape(-1, 3)[unsure]), self.features
-        # Squared, (K, N). No matrix product: BLAS has its own threads, too many where several workers read.
+        # Squared, (K, N). No matrix product: BLAS has its own threads, too many beside those that read.
         distance = sum((colors[:, c, None] - pixels[:, c]) ** 2 for c in range(3))
         allowed[self.standalone] |= distance[self.standalone] == distance.min(axis=0)
         allowed[self.thin] |= distance[self.thin] < THIN_DISTANCE**2
@@ -155,9 +151,9 @@ class LabelDecoder:
         return found
 
     def chance_hits(self, color: np.ndarray, rgb: np.ndarray) -> np.ndarray:
-        """Void pixels that stand in no 2x2 block and are not exact; bool (H, W).
+        """Pixels of further colours that stand in no 2x2 block and are not exact; bool (H, W).
 
-        A mixture of two classes often hits a void colour, and would put a dark ring round cars.
+        A mixture of two classes often hits one of these, and void ones would put a dark ring round cars.
         """
         padded = np.pad(color, 1, constant_values=self.no_color)
         same = padded[1:] == padded[:-1]
@@ -172,48 +168,50 @@ class LabelDecoder:
         color = self.match(rgb)
         return float((color[color != 0] != self.no_color).mean()) if color.any() else 0.0
 
-    def problem(self, rgb: np.ndarray) -> str | None:
-        """Why uint8 (H, W, 3) is no label in this table's colours, as the end of a message, or None."""
-        step = max(1, len(rgb) // 256)  # an enlarged label has wider edges
+    def problem(self, rgb: np.ndarray, step: int | None = None, flat: tuple[int, int] = FLAT) -> str | None:
+        """Why uint8 (H, W, 3) is no label in this table's colours, as the end of a message, or None.
+
+        Of pixels `step` apart; if left out 256 in a column, as an enlarged label has wide edges. A strange
+        colour is found where it fills `flat` places, of this size and spread.
+        """
+        step = step or max(1, len(rgb) // 256)
         rgb = rgb[::step, ::step]
         color = self.match(rgb)
         foreground, unsure = np.mean(color != 0), np.mean(color == self.no_color)  # shares
-        strange = self.strange_places(rgb, color)  # (N, 3)
+        strange = self.strange_places(rgb, color, *flat)  # (N, 3)
         if len(strange) > MAX_STRANGE and unsure - len(strange) / color.size < 1 - MIN_PALETTE_SHARE:
             colors, counts = np.unique(strange, axis=0, return_counts=True)
             named = colors[counts.argmax()]
             share = np.mean((color == self.no_color) & (abs(rgb - named) <= SURE_DISTANCE).all(axis=2))
             return (f"{share:.1%} of its label are rgb{tuple(named.tolist())}, no colour of the class table; "
-                    "add it to CLASSES in dataset.py, or to VOID_COLORS if it is to count as background")
+                    "add it to CLASSES in dataset.py, as a class or to the further colours of one")
         if unsure > max((1 - MIN_PALETTE_SHARE) * foreground, 0.05):
-            return (f"its right half is no colour-coded label: {1 - unsure / foreground:.0%} of its pixels, "
-                    "background aside, lie near a colour of the class table, expected "
-                    f"{MIN_PALETTE_SHARE:.0%} or more; recolour or remove it")
+            return (f"its label is not in the colours of the class table: {1 - unsure / foreground:.0%} of "
+                    f"its pixels, background aside, lie near one, expected {MIN_PALETTE_SHARE:.0%} or more; "
+                    "recolour it or leave it out")
         return None
 
-    def strange_places(self, rgb: np.ndarray, color: np.ndarray) -> np.ndarray:
+    def strange_places(self, rgb: np.ndarray, color: np.ndarray, size: int, spread: int) -> np.ndarray:
         """The colours, int (N, 3), of flat places that are far from every colour of the table."""
         far = color == self.no_color
-        if min(far.shape) < FLAT_SIZE:
+        if min(far.shape) < size:
             return np.empty((0, 3), dtype=int)
-        for _ in range(FLAT_SIZE - 1):  # shrink to the corners of the 5x5 places that are far throughout
+        for _ in range(size - 1):  # shrink to the corners of the places that are far throughout
             far = far[1:, 1:] & far[:-1, 1:] & far[1:, :-1] & far[:-1, :-1]
-        places = sliding_window_view(rgb, (FLAT_SIZE, FLAT_SIZE), (0, 1))[far]  # (N, 3, 5, 5)
-        flat = np.ptp(places, axis=(2, 3)).max(axis=1) <= FLAT_SPREAD
-        middle = places[flat, :, FLAT_SIZE // 2, FLAT_SIZE // 2].astype(int)
+        places = sliding_window_view(rgb, (size, size), (0, 1))[far]  # (N, 3, size, size)
+        flat = np.ptp(places, axis=(2, 3)).max(axis=1) <= spread
+        middle = places[flat, :, size // 2, size // 2].astype(int)
         squared = ((middle[:, None] - self.colors) ** 2).sum(axis=2)  # (N, K)
         return middle[(squared > STRANGE_DISTANCE**2).all(axis=1)]
 
 
-def check_table(table: Sequence[SegmentationClass], n_classes: int) -> None:
-    """Raise DatasetError if a decoder cannot be built from the classes and the void colours behind them."""
+def check_table(table: Sequence[tuple], n_classes: int) -> None:
+    """Raise DatasetError if a decoder cannot be built from the colours, those of the classes first."""
     if not 2 <= n_classes <= 60 or len(table) > 255:
-        raise DatasetError(f"dataset.py: {n_classes} CLASSES and {len(table) - n_classes} VOID_COLORS; "
-                           "give 2 to 60 classes and at most 255 colours in all")
+        raise DatasetError(f"dataset.py: {n_classes} CLASSES with {len(table)} colours; give 2 to 60 classes "
+                           "and at most 255 colours in all")
     seen = {}
-    for name, color, _ in table:
-        if not isinstance(name, str):
-            raise DatasetError(f"dataset.py: the class name {name!r} is no text; put it in quotes")
+    for name, color, *_ in table:
         is_triple = isinstance(color, (tuple, list)) and len(color) == 3
         if not is_triple or any(level not in range(256) for level in color):
             raise DatasetError(f"dataset.py: {name!r} has the colour {color}; "
@@ -244,10 +242,15 @@ def distance_to_mixtures(points: np.ndarray) -> np.ndarray:
     return np.array(distances)
 
 
-@functools.cache
 def project_decoder() -> LabelDecoder:
-    """The decoder of this file's table, built at the first call so that a faulty table ends in one line."""
-    return LabelDecoder(CLASSES, VOID_COLORS)
+    """The decoder of this file's table as it is now. DatasetError as in LabelDecoder."""
+    return build_decoder(repr(CLASSES))
+
+
+@functools.lru_cache(maxsize=1)
+def build_decoder(table: str) -> LabelDecoder:
+    """Of CLASSES, anew when what it holds, told by its repr, has changed."""
+    return LabelDecoder(CLASSES)
 
 
 def decode_label(rgb: np.ndarray) -> np.ndarray:
@@ -257,7 +260,7 @@ def decode_label(rgb: np.ndarray) -> np.ndarray:
 
 def check_classes(names: Sequence[str], colors: Sequence, owner: str | Path) -> None:
     """DatasetError if the class ids of a checkpoint, its `owner`, mean something else than here."""
-    here = [f"{entry.name} {tuple(map(int, entry.color))}" for entry in CLASSES]
+    here = [f"{entry.name} {tuple(entry.color)}" for entry in CLASSES]
     for index, (name, color) in enumerate(zip(names, colors)):
         there, known = f"{name} {tuple(color)}", here[index] if index < len(here) else "missing"
         if there != known:
@@ -272,29 +275,11 @@ def colorize(label: np.ndarray) -> np.ndarray:
 
 # --- Photos -------------------------------------------------------------------------------------------------
 
-# What Pillow decodes by itself: EPS would start Ghostscript; WMF, GRIB and their like are only recognised.
-Image.init()
-PHOTO_FORMATS = ("AVIF BLP BMP DCX DDS DIB FITS FTEX GIF ICNS ICO IM JPEG JPEG2000 MPO MSP PCD PCX PIXAR PNG "
-                 "PPM PSD QOI SGI SPIDER SUN TGA TIFF WEBP XBM XPM").split()
-PHOTO_FORMATS = [name for name in PHOTO_FORMATS if name in Image.OPEN]  # by some builds of Pillow
-PHOTO_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in PHOTO_FORMATS}
-# Images that Pillow may not read, or only a thumbnail of; others are known by the system's MIME types.
-OTHER_SUFFIXES = set(".3fr .arw .avif .cr2 .cr3 .crw .dcr .dng .erf .heic .heif .iiq .jp2 .jxl .kdc .mef "
-                     ".mos .mrw .nef .nrw .orf .pef .raf .raw .rw2 .rwl .sr2 .srf .srw .svg .webp "
-                     ".x3f".split())
-BIT_DEPTHS = (8, 10, 12, 14, 16, 24, 32)  # 10 to 14 are those of camera sensors, stored in 16
-GREY = 128  # what shows where a photo is transparent
-# Segments of a JPEG; E0 and EE are none of them, as they say what the channels mean.
-JPEG_METADATA = {bytes((0xFF, code)) for code in (*range(0xE1, 0xEE), 0xEF, 0xFE)}
-# Pillow warns of damaged metadata, which do not matter here, and of size, which is checked below.
-warnings.filterwarnings("ignore", module=r"PIL\.")
-
-
-def is_image(path: Path) -> bool:
-    """Whether the name of a file says that it is an image, be it one that Pillow reads or not."""
-    suffix = path.suffix.lower()
-    kind = mimetypes.guess_type(f"name{suffix}")[0] or ""
-    return suffix in PHOTO_SUFFIXES or suffix in OTHER_SUFFIXES or kind.startswith("image/")
+KINDS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")  # Pillow's own
+SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in KINDS}
+FORMATS = [name for name in KINDS if name in Image.OPEN]  # MPO opens as JPEG; a build may lack AVIF
+GREY = (128, 128, 128)  # what shows where a photo is transparent
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged metadata, which do not matter here
 
 
 def natural_key(path: Path) -> tuple[list, str]:
@@ -304,108 +289,64 @@ def natural_key(path: Path) -> tuple[list, str]:
     return parts, str(path)  # the text settles 01.jpg and 1.jpg
 
 
-def list_images(folder: str | Path) -> list[Path]:
-    """What is named like an image in a folder, in natural order, but no hidden files.
+def find_images(folder: str | Path) -> tuple[list[Path], list[Path]]:
+    """The images in a folder and its subfolders, by their names, and its other files, in natural order.
 
-    What cannot be read is among it, so that `read_image` tells. DatasetError if the folder cannot be listed.
+    What is hidden is left out. OSError if a folder cannot be listed.
     """
+    def fail(error: OSError) -> None:
+        raise error  # os.walk would go on without the folder
+
+    images, others = [], []
+    for name, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+        if os.path.realpath(name) in map(os.path.realpath, Path(name).parents):  # a link back
+            folders.clear()
+            continue
+        folders[:] = [one for one in folders if one[0] != "."]
+        for path in (Path(name, file) for file in files if file[0] != "."):
+            (images if path.suffix.lower() in SUFFIXES else others).append(path)
+    return sorted(images, key=natural_key), sorted(others, key=natural_key)
+
+
+@contextlib.contextmanager
+def open_image(path: str | Path) -> Iterator[Image.Image]:
+    """Pillow's image of a file, of FORMATS. Whatever goes wrong with it is a DatasetError that names it."""
     try:
-        paths = [path for path in Path(folder).iterdir() if path.name[0] != "." and is_image(path)]
-    except OSError as error:
-        raise DatasetError(f"{folder} cannot be listed ({error.strerror}); check its permissions") from error
-    return sorted(paths, key=natural_key)
+        with Image.open(path, formats=FORMATS) as image:
+            yield image
+    except DatasetError as error:
+        raise DatasetError(f"{path}: {error}") from error
+    except MemoryError:  # no fault of the file
+        raise
+    except Exception as error:  # Pillow raises a dozen types on damaged bytes, SyntaxError among them
+        if getattr(error, "errno", None):  # the system's reason, of a file that may be fine
+            raise DatasetError(f"{path} cannot be read ({error.strerror})") from error
+        reason = str(error) or type(error).__name__
+        raise DatasetError(f"{path} cannot be read as an image ({reason}); save it anew or leave it "
+                           "out") from error
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """A photo from disk: upright, 8-bit RGB and without metadata.
-
-    DatasetError if there is no such file, or it is no image, damaged, less than 2 pixels wide or high, larger
-    than Image.MAX_IMAGE_PIXELS, or of values that `to_rgb` refuses.
-    """
-    path = Path(path)
-    try:
-        return decode_image(path)
-    except DatasetError as error:
-        raise DatasetError(f"{path}: {error}") from error
-    except FileNotFoundError as error:
-        raise DatasetError(f"{path}: no such file; check the path") from error
-    except Exception as error:  # Pillow raises a dozen types on damaged bytes, SyntaxError among them
-        reason = f"cannot be read as an image ({str(error) or type(error).__name__})"
-        reason = "is a folder" if os.path.isdir(path) else reason
-        raise DatasetError(f"{path}: {reason}; replace or remove it") from error
-
-
-def decode_image(path: Path) -> Image.Image:
-    """The pixels of a file as `to_rgb` gives them, if need be without its metadata."""
-    if is_image(path) and path.suffix.lower() not in PHOTO_SUFFIXES:  # of a .dng a thumbnail would be read
-        raise DatasetError(f"Pillow {PIL.__version__} does not read {path.suffix}; convert it to JPEG or PNG")
-    limit = Image.MAX_IMAGE_PIXELS or math.inf  # it is None where a program has lifted it
-    failure = None
-    for source in readings(path):
-        try:
-            with Image.open(source, formats=PHOTO_FORMATS) as image:
-                n_pixels = image.width * image.height
-                if min(image.size) < 2:
-                    raise DatasetError(f"has {image.width}x{image.height} pixels, expected 2x2 or more; "
-                                       "replace or remove it")
-                if n_pixels <= limit:
-                    return to_rgb(image)
-        except DatasetError:
-            raise
-        except Image.DecompressionBombError as error:  # above twice the limit
-            n_pixels = int(re.search(r"\d+", str(error))[0])
-        except Exception as error:
-            failure = failure or error  # what is wrong with the file as it is
-            continue
-        raise DatasetError(f"has {n_pixels / 1e6:.1f} megapixels, the limit is {limit / 1e6:.1f}; shrink it")
-    raise failure
-
-
-def readings(path: Path) -> Iterator[Path | io.BytesIO]:
-    """A file as it is; then, of a PNG or JPEG, what is left without metadata but EXIF; then without any."""
-    yield path
-    data = path.read_bytes()
-    png, jpeg = data.startswith(b"\x89PNG\r\n\x1a\n"), data.startswith(b"\xff\xd8")
-    if not png and not jpeg:
-        return
-    start = place = 8 if png else 2
-    parts = []  # name, whether it is metadata, bytes
-    while place < len(data) and data[place : place + 2] != b"\xff\xda":  # up to the scan of a JPEG
-        if png:  # size of the content, name, content, checksum
-            name, size = data[place + 4 : place + 8], 12 + int.from_bytes(data[place : place + 4], "big")
-            is_metadata = name[:1].islower()
-        else:  # marker, then the size of what follows, its own two bytes included
-            name, size = data[place : place + 2], 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-            is_metadata = name in JPEG_METADATA
-        parts.append((name, is_metadata, data[place : place + size]))
-        place += size
-    for kept in ((b"tRNS", b"eXIf", b"\xff\xe1"), (b"tRNS",)):
-        left = [part for name, is_metadata, part in parts if name in kept or not is_metadata]
-        yield io.BytesIO(b"".join([data[:start], *left, data[place:]]))
+    """A photo from disk as `to_rgb` gives it; DatasetError if there is none or it cannot be read."""
+    with open_image(path) as image:
+        return to_rgb(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to 8-bit RGB without metadata: upright as EXIF says, over grey where it is transparent.
+    """Any mode to RGB without metadata: upright as EXIF says, over grey where it is transparent.
 
-    8 bits are taken as they are, more bits scaled as `to_8_bits` says; DatasetError if they cannot be.
+    DatasetError for more than 8 bits a channel, which no rule tells how to shrink.
     """
-    layout = str(image.tile[0][3]) if getattr(image, "tile", None) else ""  # the file's; load() forgets it
+    if image.mode[0] in "IF" or any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())):
+        raise DatasetError("has more than 8 bits a channel; save it with 8")  # Pillow would drop some
     image.load()
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # damaged EXIF says nothing
+    except Exception:  # damaged EXIF, of which Pillow makes many an error: the photo is taken as it lies
         orientation = None
-    if image.mode == "F" or image.mode.startswith("I"):
-        rgb = Image.fromarray(to_8_bits(image)).convert("RGB")
-    elif ";16" in layout and max(high for _, high in image.getextrema()[:3]) < 64:  # upper 8 of 16 bits
-        raise DatasetError("has colours of 16 bits that fill at most 14, and Pillow drops 8; save 8 bits")
-    elif image.has_transparency_data:
-        rgb, color = Image.new("RGB", image.size, (GREY, GREY, GREY)), image.info.get("transparency")
-        if layout in ("L;2", "L;4"):  # a PNG's transparent colour has the file's bits, Pillow's pixels have 8
-            image.info["transparency"] = color * (85 if layout == "L;2" else 17)
-        elif layout == "RGB;16B":
-            image.info["transparency"] = tuple(value >> 8 for value in color)
-        rgba = image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        rgb = Image.new("RGB", image.size, GREY)
         rgb.paste(rgba, mask=rgba)
     else:
         rgb = image.convert("RGB")
@@ -416,29 +357,22 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return ImageOps.exif_transpose(rgb)
 
 
-def to_8_bits(image: Image.Image) -> np.ndarray:
-    """Grey of integers or floats to uint8 (H, W).
-
-    White is 2**n - 1 for integers, n the smallest of BIT_DEPTHS that holds the largest value; for floats 1 if
-    none is larger, 255 if more than 1% of them are larger than 1. DatasetError for floats of other ranges and
-    for negative, infinite or NaN values.
-    """
-    values = np.asarray(image)  # (H, W)
-    if image.mode == "I" and image.format == "TIFF":
-        if image.tag_v2.get(ExifTags.Base.SampleFormat, 1) in (1, (1,)):
-            values = values.view(np.uint32)  # unsigned in the file, and Pillow reads it as signed
-    low, high = np.fmin.reduce(values, axis=None), np.fmax.reduce(values, axis=None)  # NaN left out
-    share, n_nan = np.mean(values > 1), np.isnan(values).sum()
-    if image.mode == "F":
-        white = 1 if high <= 1 else 255 if high <= 255 and share > 0.01 else None
-    else:
-        white = next(2**bits - 1 for bits in BIT_DEPTHS if high < 2**bits)
-    if white is None or low < 0 or n_nan:
-        raise DatasetError(f"has values of {low:g} to {high:g}, {share:.2%} above 1, {n_nan} NaN; expected "
-                           "integers from 0, floats of 0..1 or of 0..255, over 1% above 1; save 8 bits")
-    grey = np.multiply(values, 255 / white, dtype=np.float32).round().astype(np.uint8)
-    grey[values == image.info.get("transparency", -1)] = GREY
-    return grey
+def in_threads(function: Callable, items: Iterable, n_threads: int, n_ahead: int) -> Iterator:
+    """function(item) of each item in order, computed by threads so many items ahead of the one taken."""
+    if not n_threads:
+        yield from map(function, items)
+        return
+    pending = deque()
+    with ThreadPoolExecutor(n_threads) as pool:
+        try:
+            for item in items:
+                pending.append(pool.submit(function, item))
+                if len(pending) > n_ahead:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 # --- Composites ---------------------------------------------------------------------------------------------
@@ -474,196 +408,120 @@ def read_composite(path: str | Path, image_size: int | None = 256, *,
     return np.asarray(image), label
 
 
-def composite_height(path: str | Path) -> int:
-    """By the header alone; 0 where it cannot be read, so that `read_composite` tells."""
-    try:
-        with Image.open(path, formats=PHOTO_FORMATS) as image:
-            return min(image.size)  # whichever way up it is stored
-    except Exception:  # as in read_image
-        return 0
+def is_composite(photo: Image.Image) -> bool:
+    """Whether a picture's right half is a colour-coded label of this file's table."""
+    width, height = photo.size
+    if width != 2 * height:
+        return False
+    right, decoder = np.asarray(photo)[:, height:], project_decoder()
+    return decoder.palette_share(right) >= MIN_PALETTE_SHARE and decoder.problem(right) is None
 
 
-def list_composites(folder: str | Path) -> list[Path]:
-    """The composites of a folder in natural order; DatasetError with the expected layout if it has none."""
-    folder, problem = Path(folder), "holds no composites"
-    try:
-        if not stat.S_ISDIR(folder.stat().st_mode):
-            problem = "is not a folder"
-        elif paths := list_images(folder):
-            return paths
-    except (FileNotFoundError, NotADirectoryError):
-        problem = "is missing"
-    except OSError as error:
-        problem = f"cannot be reached ({error.strerror})"
+def list_composites(folder: str | Path) -> tuple[list[Path], list[Path]]:
+    """find_images() of a split's folder; DatasetError with the expected layout if it holds no images."""
+    folder = Path(folder)
+    images, others = find_images(folder) if folder.is_dir() else ([], [])
+    if images:
+        return images, others
+    problem = "holds no composites" if folder.is_dir() else "is missing"
+    if nested := next(folder.parent.glob(f"*/{folder.name}/"), None):
+        raise DatasetError(f"{folder} {problem}. It lies one folder deeper: pass --data_dir {nested.parent}")
     raise DatasetError(
         f"{folder} {problem}. Expected: a folder with train/ and val/, each full of 256x512 composites "
         "(photo left, colour-coded label right). The data set is published as pix2pix's 'cityscapes' archive "
-        "and on Kaggle as 'cityscapes-image-pairs'. Pass its folder with --data_dir, or pass --demo to train "
-        "on synthetic scenes")
+        "and on Kaggle as 'cityscapes-image-pairs'. Pass its folder with --data_dir, or --demo to train on "
+        "drawn scenes; python dataset.py --help makes composites of your own photos and labels")
 
 
-# --- Data sets ----------------------------------------------------------------------------------------------
+class Split:
+    """A process's share of train/ or val/: composites on disk, and what is kept of them.
 
+    Attributes:
+        inputs: the encoder's five feature maps, each (N, C, h, w), or images, uint8 (N, 3, S, S), in a list,
+            in channels_last; None where nothing is kept.
+        labels: of these, uint8 (N, S, S), or a list of N of (h, w) where sizes differ.
+        has_foreground: whether any label read so far holds more than background.
 
-@dataclass
-class CompositeDataset(Dataset):
-    """Composites on disk, decoded and checked at every access; an item is a batch.
-
-    Its arrays are of numpy: worker processes send tensors through /dev/shm, which containers keep small.
+    Photos are resized to squares of image_size S, and labels with them if asked, to train on; else they keep
+    their size, to score on. Ids in them are below n_classes.
     """
 
-    paths: Sequence[Path]
-    image_size: int  # side S of the square that photos are resized to
-    n_classes: int  # ids in the labels are below this
-    resize_labels: bool = field(kw_only=True)  # along with photos, to train on; else keep them, to score on
+    def __init__(self, paths: Sequence[Path], image_size: int, n_classes: int, resize_labels: bool,
+                 n_threads: int) -> None:
+        self.paths, self.image_size, self.n_classes = paths, image_size, n_classes
+        self.resize_labels, self.n_threads = resize_labels, n_threads
+        self.inputs: list[Tensor] | None = None
+        self.labels: Tensor | list[Tensor] | None = None
+        self.has_foreground = False
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, indices: Sequence[int]) -> tuple[np.ndarray, list[np.ndarray], list[str]]:
-        """images uint8 (B, S, S, 3), their B labels uint8 (h, w), and the faults of the others."""
-        images, labels, problems = [], [], []
-        for path in (self.paths[index] for index in indices):
-            try:
-                image, label = read_composite(path, self.image_size, resize_label=self.resize_labels)
-                highest = int(label.max())
-                if highest >= self.n_classes:
-                    raise DatasetError(
-                        f"{path}: holds class id {highest} ({CLASSES[highest].name}), expected ids below "
-                        f"--num_classes {self.n_classes}; pass --num_classes {highest + 1} to a new run, or "
-                        "leave it out")
-            except DatasetError as error:
-                problems.append(str(error))
-            else:
-                images.append(image)
-                labels.append(label)
-        images = np.array(images, dtype=np.uint8).reshape(-1, self.image_size, self.image_size, 3)
-        return images, labels, problems
-
-    def kept_bytes(self) -> int:
-        """What images and labels take in memory, labels of their own size by the files' headers."""
+    def label_bytes(self) -> int:
+        """What all labels take in memory, those of their own size by the files' headers."""
         if self.resize_labels:
-            return len(self) * 4 * self.image_size**2
-        return sum(3 * self.image_size**2 + composite_height(path) ** 2 for path in self.paths)
+            return len(self) * self.image_size**2
+        n_bytes = 0
+        for path in self.paths:
+            with open_image(path) as image:
+                n_bytes += min(image.size) ** 2  # whichever way up it is stored
+        return n_bytes
 
-    def load(self, order: Iterable[Sequence[int]], workers: int) -> Iterator[tuple]:
-        """images uint8 (B, 3, S, S) in channels_last, labels as from `stack`, and faults, a batch each.
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """A composite as read_composite gives it; DatasetError also for a class id that is too high."""
+        path = self.paths[index]
+        image, label = read_composite(path, self.image_size, resize_label=self.resize_labels)
+        highest = int(label.max())
+        if highest >= self.n_classes:
+            raise DatasetError(f"{path}: holds class id {highest} ({CLASSES[highest].name}), expected ids "
+                               f"below --num_classes {self.n_classes}; leave it out, in a new run")
+        if highest > 0:
+            self.has_foreground = True
+        return image, label
 
-        DatasetError if the processes that read cannot be started, or one was killed.
-        """
-        project_decoder()  # built before the workers fork, so that each has it
-        # Without collate_fn it would make tensors of the arrays, in the workers.
-        loader = DataLoader(self, batch_size=None, sampler=order, num_workers=workers, collate_fn=tuple,
-                            worker_init_fn=end_quietly_at_sigterm)
-        try:
-            if workers:
-                multiprocessing.Lock()  # where there can be none, a DataLoader leaves a traceback too
-            with signals_held():
-                batches = iter(loader)  # starts the workers
-            for images, labels, problems in batches:
-                images = torch.from_numpy(images).permute(0, 3, 1, 2)
-                yield images, stack([torch.from_numpy(label) for label in labels]), problems
-        except (OSError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
-                raise
-            raise DatasetError(f"{workers} processes could not read the composites ({error}); pass "
-                               "--num_workers 0") from error
+    def load(self, order: Iterable[Sequence[int]]) -> Iterator[tuple[Tensor, Tensor | list[Tensor]]]:
+        """images uint8 (B, 3, S, S) in channels_last and labels of each batch of indices, from disk."""
+        order = list(order)
+        n_ahead = self.n_threads + max(map(len, order), default=0)  # a batch, while the network works
+        samples = in_threads(self.read, itertools.chain(*order), self.n_threads, n_ahead)
+        for indices in order:
+            images, labels = zip(*itertools.islice(samples, len(indices)))
+            images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+            yield images, stack([torch.from_numpy(label) for label in labels])
 
+    def keep(self, encode: Callable[[Tensor], list[Tensor]], device: torch.device | None, bar: tqdm) -> None:
+        """Read and check all composites; keep what `encode` makes of them on the device, None for nowhere."""
+        kept, labels = [], []
+        order = list(BatchSampler(range(len(self)), ENCODE_BATCH, drop_last=False))
+        for indices, (images, some_labels) in zip(order, self.load(order)):
+            bar.update(len(indices))
+            if not device:
+                continue
+            labels += some_labels
+            encoded = encode(images)
+            kept = kept or [torch.empty((len(self), *one.shape[1:]), dtype=one.dtype, device=device,
+                                        memory_format=torch.channels_last) for one in encoded]
+            for one, part in zip(kept, encoded):
+                one[indices[0] : indices[-1] + 1] = part
+        if device:
+            self.inputs, self.labels = kept, stack(labels)
+            if isinstance(self.labels, Tensor):
+                self.labels = self.labels.to(device)
 
-def end_quietly_at_sigterm(worker: int) -> None:
-    """In a worker: a batch system ends it along with the main process, which would print a traceback."""
-    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
-
-
-@contextlib.contextmanager
-def signals_held() -> Iterator[None]:
-    """Let SIGINT and SIGTERM wait: what a handler raises while a process is forked, Python drops."""
-    held, previous = [], {}
-    if threading.current_thread() is threading.main_thread():  # signals reach no other
-        previous = {number: signal.signal(number, lambda number, frame: held.append(number))
-                    for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler or signal.SIG_DFL)
-        for number in held:
-            signal.raise_signal(number)
+    def batches(self, order: Iterable[Sequence[int]], device: torch.device) -> Iterator[tuple]:
+        """inputs, a list of tensors, and labels of each batch of indices, on the device."""
+        if self.inputs is None:
+            for images, labels in self.load(order):
+                yield [move(images, device)], move(labels, device)
+            return
+        for indices in order:
+            yield ([move(take(one, indices), device) for one in self.inputs],
+                   move(take(self.labels, indices), device))
 
 
 def stack(labels: list[Tensor]) -> Tensor | list[Tensor]:
     """Labels (h, w) as one tensor (B, h, w), or as they are where their sizes differ."""
     return torch.stack(labels) if len({label.shape for label in labels}) == 1 else labels
-
-
-@dataclass
-class Split:
-    """A process's share of train/ or val/, and what is kept of it in memory."""
-
-    composites: CompositeDataset
-    workers: int  # processes that read
-    images: Tensor | None = None  # uint8 (N, 3, S, S) in channels_last
-    features: list[Tensor] | None = None  # the encoder's five maps, each (N, C, h, w) in channels_last
-    labels: Tensor | list[Tensor] | None = None  # of either, uint8 (N, h, w), or N of (h, w) if sizes differ
-    has_foreground: bool = False  # once read, whether any pixel is more than background
-
-    def __len__(self) -> int:
-        return len(self.composites)
-
-    def read(self, keep: bool, bar: tqdm) -> list[str]:
-        """Read and check every composite, keep it if asked; the faults, a line a file."""
-        N, S = len(self), self.composites.image_size
-        kept = torch.empty((N * keep, 3, S, S), dtype=torch.uint8, memory_format=torch.channels_last)
-        kept_labels, all_problems = [], []
-        batches = BatchSampler(range(N), READ_BATCH, drop_last=False)
-        workers = self.workers if N >= MANY_FILES else 0
-        for images, labels, problems in self.composites.load(batches, workers):
-            for image, label in zip(images, labels):
-                self.has_foreground |= bool(label.any())
-                if keep:
-                    kept[len(kept_labels)] = image
-                    kept_labels.append(label)
-            all_problems += problems
-            bar.update(len(images) + len(problems))
-        if keep:
-            self.images, self.labels = kept, stack(kept_labels)
-        return all_problems
-
-    def keep_features(self, encode: Callable, like: Sequence[Tensor], bar: tqdm) -> None:
-        """Put the encoder's features in the place of the images; DatasetError if the dtype cannot hold them.
-
-        `encode` makes feature maps of images, `like` are some of the dtype and on the device to keep them in.
-        """
-        images, finite = self.images, True
-        self.features = [torch.empty((len(self), *one.shape[1:]), dtype=one.dtype, device=one.device,
-                                     memory_format=torch.channels_last) for one in like]
-        for start in range(0, len(self), ENCODE_BATCH):
-            chosen = slice(start, start + ENCODE_BATCH)
-            for kept, encoded in zip(self.features, encode(images[chosen])):
-                kept[chosen] = encoded
-                finite &= kept[chosen].isfinite().all()
-            bar.update(len(images[chosen]))
-        if not finite:
-            raise DatasetError(f"the encoder's features exceed {like[0].dtype}; pass --no_cache")
-        self.images = None
-        if isinstance(self.labels, Tensor):
-            self.labels = self.labels.to(like[0].device)
-
-    def batches(self, order: Iterable[Sequence[int]], device: torch.device) -> Iterator[tuple]:
-        """inputs (images, or the five feature maps) and labels of each batch of indices, on the device.
-
-        DatasetError if a composite that is not kept can no longer be read.
-        """
-        if self.labels is None:  # nothing is kept
-            for images, labels, problems in self.composites.load(order, self.workers):
-                if problems:
-                    raise DatasetError(problems[0])
-                yield move(images, device), move(labels, device)
-            return
-        for indices in order:
-            inputs = ([take(one, indices) for one in self.features] if self.features
-                      else take(self.images, indices))
-            yield move(inputs, device), move(take(self.labels, indices), device)
 
 
 def take(tensors: Tensor | list[Tensor], indices: Sequence[int]) -> Tensor | list[Tensor]:
@@ -680,18 +538,6 @@ def move(tensors: Tensor | list[Tensor], device: torch.device) -> Tensor | list[
     if device.type == "cuda" and tensors.device.type == "cpu":
         tensors = tensors.pin_memory()
     return tensors.to(device, non_blocking=device.type == "cuda")  # mps would read what is freed by then
-
-
-def storage_options(n_bytes: float, dtype: torch.dtype, free: dict[str, float]) -> list[list[str]]:
-    """Where features that take so many bytes in their dtype fit, as [device, dtype], the best place first.
-
-    `free` are the bytes that may be taken on each device, the faster device first. What is float32 may also
-    be kept as float16, in half of the bytes.
-    """
-    needed = {str(dtype).removeprefix("torch."): n_bytes}
-    if dtype == torch.float32:
-        needed["float16"] = n_bytes / 2
-    return [[device, name] for device, room in free.items() for name, size in needed.items() if size <= room]
 
 
 # --- Whole batches on the device ----------------------------------------------------------------------------
@@ -724,67 +570,146 @@ def imagenet_statistics(device: torch.device) -> Tensor:
     return 255 * torch.tensor((MEAN, STD), device=device).view(2, 1, 3, 1, 1)
 
 
-# --- Making composites from the original download -----------------------------------------------------------
+# --- Making composites --------------------------------------------------------------------------------------
 
 
-def make_composites(cityscapes_dir: Path, data_dir: Path, size: int) -> int:
-    """Composites as lossless PNG from leftImg8bit/SPLIT/CITY/*.png and gtFine/SPLIT/CITY/*_gtFine_color.png.
-
-    The photo is shrunk with antialiasing, the label with nearest: every pixel keeps an official colour.
-
-    Returns:
-        How many there are in data_dir/train and data_dir/val; those there before are counted, not made again.
-    Raises:
-        DatasetError: no photos, a picture missing or unreadable, or composites of another size in data_dir.
-    """
-    photos = [path for split in ("train", "val")
-              for path in sorted(cityscapes_dir.glob(f"leftImg8bit/{split}/*/[!.]*_leftImg8bit.png"))]
-    if not photos:
-        raise DatasetError(f"{cityscapes_dir} holds no leftImg8bit/train/*/*_leftImg8bit.png; unpack "
+def pair_cityscapes(folder: Path) -> list[tuple[Path, Path, Path]]:
+    """(photo, label, path of the composite below the output) of the original download, in its own splits."""
+    triples = []
+    for photo in sorted(folder.glob("leftImg8bit/*/*/[!.]*_leftImg8bit.png")):
+        *_, split, city, name = photo.parts
+        label = folder / "gtFine" / split / city / name.replace("leftImg8bit", "gtFine_color")
+        if split in ("train", "val"):
+            triples.append((photo, label, Path(split, city, name.replace("_leftImg8bit", ""))))
+    if not triples:
+        raise DatasetError(f"{folder} holds no leftImg8bit/train/*/*_leftImg8bit.png; unpack "
                            "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip of Cityscapes there")
-    for path in sorted(data_dir.glob("*/[!.]*.png")):
-        width, height = read_image(path).size
-        if (width, height) != (2 * size, size):
-            raise DatasetError(f"{path} has {width}x{height} pixels, and --size {size} makes "
-                               f"{2 * size}x{size}; choose another --output, or remove what is there")
-
-    def make_one(photo_path: Path) -> None:
-        *_, split, city, name = photo_path.parts
-        target = data_dir / split / name.replace("_leftImg8bit", "")
-        if target.exists():
-            return
-        label_path = cityscapes_dir / "gtFine" / split / city / name.replace("leftImg8bit", "gtFine_color")
-        photo = read_image(photo_path).resize((size, size), Image.Resampling.LANCZOS)
-        label = read_image(label_path).resize((size, size), Image.Resampling.NEAREST)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        Image.fromarray(np.concatenate([photo, label], axis=1)).save(temporary, "PNG")
-        os.replace(temporary, target)
-
-    with ThreadPoolExecutor() as pool:
-        list(tqdm(pool.map(make_one, photos), "Making composites", len(photos), unit="image", disable=None))
-    return len(photos)
+    return triples
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command line: `make_composites`."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, description="Make train/ and val/ composites from "
-                                     "the original Cityscapes download.")
-    parser.add_argument("cityscapes_dir", type=Path,
-                        help="holds leftImg8bit/ and gtFine/ (with *_gtFine_color.png)")
-    parser.add_argument("--output", type=Path, default=Path("data/cityscapes_data"), metavar="FOLDER",
-                        help="gets train/ and val/, %(default)s if left out")
-    parser.add_argument("--size", type=int, default=256, metavar="PIXELS",
-                        help="side of each half, %(default)s if left out")
-    args = parser.parse_args(argv)
-    if not 2 <= args.size <= 8192:
-        parser.exit(2, f"dataset.py: error: --size {args.size}: expected 2 to 8192 pixels, such as 256\n")
+def pair_folders(photo_dir: Path, label_dir: Path, val: float, seed: int) -> list[tuple[Path, Path, Path]]:
+    """As pair_cityscapes, of photos in one folder and labels in another; prints what belongs to nothing.
+
+    A label's stem may go on after its photo's (a.jpg, a_mask.png). A share `val` of the pairs, at least one,
+    drawn by the seed, goes to val/. DatasetError for a photo without a label of its own.
+    """
+    photos, labels, others, pairs = {}, {}, [], {}
+    for folder, found in ((photo_dir, photos), (label_dir, labels)):
+        images, rest = find_images(folder)
+        others += rest
+        for path in images:
+            stem = path.relative_to(folder).with_suffix("")
+            if stem in found:
+                raise DatasetError(f"{found[stem]} and {path} have one name; rename one")
+            found[stem] = path
+    for stem, label in labels.items():
+        # From the whole stem down, cut where no word is: img1_mask is of img1, not of img.
+        owners = (stem.with_name(stem.name[:end]) for end in range(len(stem.name), 0, -1)
+                  if not stem.name[end : end + 1].isalnum())
+        owner = next((one for one in owners if one in photos), None)
+        if owner in pairs:
+            raise DatasetError(f"{photos[owner]} has two labels, {pairs[owner]} and {label}; remove one")
+        if owner:
+            pairs[owner] = label
+        else:
+            others.append(label)
+    if missing := [path for stem, path in photos.items() if stem not in pairs]:
+        others = f", nor have {len(missing) - 1} more" if missing[1:] else ""
+        raise DatasetError(f"{missing[0]} has no label in {label_dir}{others}; it has its photo's name, or "
+                           "goes on after it (a.jpg, a_mask.png)")
+    if len(pairs) < 2:
+        raise DatasetError(f"{photo_dir} holds too few photos; train/ and val/ need one each")
+    if others:
+        print("Left out   ", *others[:5], "..." if others[5:] else "", "(no photo, or of none)")
+    n_val = min(max(round(val * len(pairs)), 1), len(pairs) - 1)
+    chosen = np.random.default_rng(seed).permutation(len(pairs))[:n_val]
+    return [(path, pairs[stem], Path("val" if index in chosen else "train", f"{stem}.png"))
+            for index, (stem, path) in enumerate(photos.items())]
+
+
+def read_label(path: Path) -> np.ndarray:
+    """A label in the colours of CLASSES, uint8 (H, W, 3), from one in colours or ids, of which 255 is id 0.
+
+    DatasetError for colours and ids beyond the table, and for ids in a JPEG, which changes them.
+    """
+    with open_image(path) as image:
+        if len(image.getbands()) > 1:
+            label_rgb, decoder = np.asarray(to_rgb(image)), project_decoder()
+            flat = FLAT if image.format in ("JPEG", "MPO") else LOSSLESS_FLAT
+            if problem := decoder.problem(label_rgb) or decoder.problem(label_rgb, 1, flat):
+                raise DatasetError(problem)
+            return label_rgb
+        if image.format in ("JPEG", "MPO"):
+            raise DatasetError("holds class ids in a JPEG, which changes them; save them as PNG")
+        ids = np.array(image).astype(np.int64)
+    ids[ids == 255] = 0
+    if beyond := sorted({*np.unique(ids).tolist()} - {*range(len(CLASSES))}):
+        raise DatasetError(f"{path}: holds class id {beyond[-1]}, expected ids below {len(CLASSES)}, or 255 "
+                           "for background; change it, or add to CLASSES in dataset.py")
+    return colorize(ids)
+
+
+def make_composites(triples: Sequence[tuple[Path, Path, Path]], output: Path, size: int) -> None:
+    """Lossless PNG composites, each half `size` pixels, in a new folder, which is there when all are made.
+
+    The photo is shrunk with antialiasing, the label with nearest: every pixel keeps its colour. DatasetError
+    if one cannot be read, or its label has another shape.
+    """
+    def make_one(triple: tuple[Path, Path, Path]) -> None:
+        photo_path, label_path, target = triple
+        photo, label = read_image(photo_path), Image.fromarray(read_label(label_path))
+        if photo.size != label.size:
+            raise DatasetError(f"{label_path} has {label.width}x{label.height} pixels, and its photo "
+                               f"{photo_path} {photo.width}x{photo.height}; make them alike")
+        halves = (photo.resize((size, size), Image.Resampling.LANCZOS),
+                  label.resize((size, size), Image.Resampling.NEAREST))
+        path = Path(folder, "made", target)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.concatenate(halves, axis=1)).save(path)
+
+    if output.exists():
+        raise DatasetError(f"--output {output} is there already; name a new folder")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    n_cores = os.cpu_count() or 1
+    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
+        results = in_threads(make_one, triples, n_cores, n_cores)
+        for _ in tqdm(results, "Making composites", len(triples), unit="image", disable=None):
+            pass
+        os.rename(Path(folder, "made"), output)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; SystemExit with status 1 and one line on stderr for what a user can put right."""
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description="Make train/ and val/ composites of the original Cityscapes data, "
+        "or of photos and labels in two folders, labels in the colours of CLASSES or one channel of ids.")
+    add, folder = parser.add_argument, lambda text: Path(os.path.expanduser(text))
+    add("cityscapes_dir", type=folder, nargs="?", help="holds leftImg8bit/ and gtFine/ (*_gtFine_color.png)")
+    add("--photos", type=folder, metavar="FOLDER", help="photos, read with their subfolders")
+    add("--labels", type=folder, metavar="FOLDER", help="their labels: a.png or a_mask.png for a.jpg")
+    add("--val", type=float, metavar="SHARE", help="of the photos, for val/ (0.1 if left out)")
+    add("--seed", type=int, metavar="N", help="by which they are drawn (0 if left out)")
+    add("--output", type=folder, default=Path("data/cityscapes_data"), metavar="FOLDER",
+        help="a new folder, gets train/ and val/ (%(default)s)")
+    add("--size", type=int, default=256, metavar="PIXELS", help="side of each half (%(default)s)")
+    args = parser.parse_args(None if argv is None else [str(word) for word in argv])
+    own, drawn = [args.photos, args.labels], [args.val, args.seed]
+    if (own + drawn != [None] * 4) if args.cityscapes_dir else None in own:
+        parser.exit(2, "dataset.py: error: name the Cityscapes folder alone, as it has its own val/, or both "
+                       "--photos and --labels\n")
+    val, seed = 0.1 if args.val is None else args.val, args.seed or 0
+    if not (2 <= args.size <= 8192 and 0 < val < 1 and seed >= 0):
+        parser.exit(2, "dataset.py: error: expected --size 2 to 8192, --val in 0 to 1, --seed 0 or more\n")
     try:
-        print(f"{make_composites(args.cityscapes_dir, args.output, args.size)} composites in {args.output}")
+        triples = (pair_cityscapes(args.cityscapes_dir) if args.cityscapes_dir
+                   else pair_folders(*own, val, seed))
+        make_composites(triples, args.output, args.size)
     except (DatasetError, OSError) as error:
         parser.exit(1, f"dataset.py: error: {error}\n")
     except KeyboardInterrupt:
-        parser.exit(130, "\nstopped by SIGINT; composites made so far are whole, the same command goes on\n")
+        parser.exit(130, "\nstopped; nothing was written\n")
+    n_val = sum(target.parts[0] == "val" for *_, target in triples)
+    print(f"Composites  {len(triples) - n_val} in {args.output / 'train'}, {n_val} in {args.output / 'val'}")
 
 
 if __name__ == "__main__":

@@ -17,10 +17,12 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.swa_utils import update_bn
 from torchvision.models import EfficientNet_B0_Weights, efficientnet_b0
 
+from utils import UserError
+
 UPSAMPLER_GAIN = 10  # fresh upsamplers put out a twentieth of what a trained encoder's skip features hold
 
 
-class WeightsError(Exception):
+class WeightsError(UserError):
     """A weights or checkpoint file that cannot be used. The message names the file and the remedy."""
 
 
@@ -46,10 +48,9 @@ class SegNetDecoder(nn.Module):
 
 
 def upsample_and_convolve(x: Tensor, upsampler: nn.ConvTranspose2d, conv: nn.Conv2d) -> Tensor:
-    """conv(upsampler(x)) as the one linear map that the two are, with 2.5 times less arithmetic.
+    """conv(upsampler(x)), of (B, in_ch, H, W) to (B, out_ch, 2H, 2W), with 2.5 times less arithmetic.
 
-    x is (B, in_ch, H, W), the upsampler 2x2 with stride 2, the convolution 3x3 with padding 1, the result
-    (B, out_ch, 2H, 2W).
+    The two are one linear map, as the upsampler is 2x2 with stride 2 and the convolution 3x3, padded by 1.
     """
     B, _, H, W = x.shape
     with torch.autocast(x.device.type, enabled=False):
@@ -186,8 +187,8 @@ def load_features(encoder_weights: str | Path | None) -> nn.Sequential:
         noise = F.interpolate(torch.randn(4, 3, 16, 16), size=(128, 128), mode="bilinear")
         update_bn([noise], features)
     elif encoder_weights is not None and choice != "imagenet":
-        weights = clean_state_dict(read_tensors(encoder_weights))
-        weights = {key.removeprefix("features."): weights[key] for key in weights
+        weights = {key.removeprefix("features."): value
+                   for key, value in clean_state_dict(read_tensors(encoder_weights)).items()
                    if key.startswith("features.")}
         load_strictly(features, weights, f"encoder weights {choice}",
                       "a torchvision efficientnet_b0 state_dict")
@@ -201,9 +202,9 @@ def download_backbone() -> nn.Module:
         return efficientnet_b0(weights=weights, stochastic_depth_prob=0)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:  # no network, a damaged file
         cached = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
-        raise WeightsError(f"the ImageNet weights could not be loaded ({error}). Put {cached.name} from "
-                           f"{weights.url} at {cached}, or pass --encoder_weights FILE (an efficientnet_b0 "
-                           "state_dict) or --encoder_weights none") from error
+        raise WeightsError(f"the ImageNet weights could not be loaded ({error}). Put {weights.url} at "
+                           f"{cached}, or pass --encoder_weights FILE (an efficientnet_b0 state_dict) or "
+                           "--encoder_weights none") from error
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -215,8 +216,10 @@ def load_checkpoint(path: str | Path) -> dict:
     content = read_tensors(path)
     names = [name for name in ("model", "state_dict", "model_state_dict")
              if isinstance(content.get(name), dict)]
-    checkpoint = {"config": {}} | (content if names else {})
-    checkpoint["model"] = clean_state_dict(content[names[0]] if names else content)
+    checkpoint = content if names else {"model": content}
+    checkpoint["model"] = clean_state_dict(checkpoint[names[0]] if names else content)
+    if not isinstance(checkpoint.get("config"), dict):
+        checkpoint["config"] = {}
     out = checkpoint["model"].get("out.weight")
     if not isinstance(out, Tensor) or out.ndim != 4 or len(out) < 2:
         raise WeightsError(f"{path} is no checkpoint of EfficientSegNet (it has no out.weight of two or more "
@@ -254,18 +257,13 @@ def read_tensors(path: str | Path) -> dict:
                 if damaged := archive.testzip():  # torch.load would not notice a bit that has flipped
                     raise RuntimeError(f"checksum of {damaged}")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise WeightsError(f"{path} was refused: it is no torch file, or holds more than tensors and plain "
-                           f"types, or comes from a newer torch than {torch.__version__}. Pass a file you "
-                           "trust that was saved as a plain state_dict") from error
     except OSError as error:
-        raise WeightsError(f"{path} cannot be read ({error.strerror or error}); check the path") from error
-    except Exception as error:  # torch.load raises RuntimeError, EOFError, KeyError, ... on damaged bytes
-        reason = str(error).split("\n")[0]
-        remedy = ("update torch" if "maximum supported version" in reason
-                  else "pass an undamaged file saved by torch.save")
-        raise WeightsError(f"{path} cannot be loaded with torch {torch.__version__} ({reason}); "
-                           f"{remedy}") from error
+        raise WeightsError(f"{path} cannot be read ({error.strerror or error})") from error
+    except Exception as error:  # torch.load raises a dozen types on damaged bytes
+        first_line = str(error).split("\n")[0]
+        raise WeightsError(f"{path} cannot be loaded with torch {torch.__version__} ({first_line}); "
+                           "pass an undamaged file that torch.save made of tensors and plain types, or "
+                           "update torch") from error
     if not isinstance(content, dict):
         raise WeightsError(f"{path} holds a {type(content).__name__}, not a dict of tensors; "
                            "pass a state_dict or checkpoint")

@@ -58,7 +58,7 @@ class Settings:
     """What every section is told."""
 
     few: Path  # a data folder
-    many: Path  # one of so many composites that worker processes read them
+    many: Path  # one of so many composites that threads have something to read
     device: str
     precisions: dict[str, str]  # the choices of --amp to measure, by dtype
     batch_sizes: tuple[int, ...]
@@ -75,7 +75,7 @@ def copy_demo(folder: Path, counts: dict[str, int]) -> Path:
     """Make a data folder of so many composites in train/ and val/, copies of those in images/demo."""
     for split, count in counts.items():
         (folder / split).mkdir(parents=True)
-        sources = itertools.cycle(dataset.list_composites(train.DEMO_DIR / split))
+        sources = itertools.cycle(dataset.list_composites(train.DEMO_DIR / split)[0])
         for number, source in zip(range(count), sources):
             shutil.copy(source, folder / split / f"{number}.jpg")
     return folder
@@ -208,30 +208,34 @@ class Setup:
         argv = ["--data_dir", str(folder), "--device", device, "--encoder_weights", "none", *flags]
         self.args, _ = train.parse_args(argv)
         self.runtime = utils.Runtime.start(self.args.device, self.args.amp)
-        self.network = train.build_network(self.args, None, self.runtime)
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.network = train.build_network(self.args, None, self.runtime)
         self.read()
 
     def read(self) -> int:
-        """Both splits; how many composites they have."""
+        """Both splits, encoded unless the encoder is fine-tuned; how many composites they have."""
+        self.splits = {}  # first gives up what it has
+        for name in ("train", "val"):
+            paths = dataset.list_composites(self.args.data_dir / name)[0]
+            self.splits[name] = dataset.Split(paths[self.runtime.rank :: self.runtime.world_size],
+                                              self.args.image_size, N_CLASSES, name == "train",
+                                              self.args.num_workers)
         with contextlib.redirect_stdout(io.StringIO()):
-            self.splits = train.load_splits(("train", "val"), self.args, self.runtime)
+            train.keep_inputs(self.trainer(), self.splits, no_cache=False)
+        assert self.splits["train"].inputs, "there is not enough memory to keep what is read"
         return sum(map(len, self.splits.values()))
 
-    def keep_features(self) -> "Setup":
-        """In the place of the images, as with a frozen encoder."""
-        with contextlib.redirect_stdout(io.StringIO()):
-            kept = train.keep_features(self.trainer(), self.splits, self.args.batch_size, None)
-        assert kept, "there is not enough memory to keep features"
-        return self
+    def scores(self) -> metrics.SegmentationMetrics:
+        return metrics.SegmentationMetrics(N_CLASSES, self.runtime.device)
 
     def trainer(self) -> train.Trainer:
         """A new one for the same network, as one takes batches of one size."""
-        return train.Trainer(self.network, self.args.learning_rate, 10**6, self.runtime)
+        return train.Trainer(self.network, self.scores(), self.args.learning_rate, 10**6, self.runtime)
 
     def batches(self, batch_size: int, n_images: int) -> Iterator[tuple]:
         """Of an epoch of so many images."""
         plan = train.Plan(N_EPOCHS, batch_size, n_images // batch_size, seed=0)
-        order = plan.batches(len(self.splits["train"]), 1, self.runtime.rank)
+        order = train.draw_batches(len(self.splits["train"]), plan, 1, self.runtime.rank)
         return self.splits["train"].batches(order, self.runtime.device)
 
     def epoch(self, trainer: train.Trainer, batch_size: int, n_images: int) -> Timed:
@@ -241,7 +245,7 @@ class Setup:
 
         def work() -> int:
             bar = utils.progress_bar(disable=True)
-            train.train_one_epoch(trainer, self.batches(batch_size, n_images), 1, bar)
+            train.train_one_epoch(trainer, self.batches(batch_size, n_images), bar)
             return n_images
 
         return timed(work)
@@ -249,7 +253,7 @@ class Setup:
     def bare_steps(self, batch_size: int, n_images: int) -> Timed:
         """Decode, loss and optimizer of an epoch, on one fixed batch and without its figures."""
         trainer, n_steps = self.trainer(), n_images // batch_size
-        trainer.scores = SimpleNamespace(update=lambda *_: None)
+        trainer.scores = SimpleNamespace(update=lambda *_: None, ignore_background=False)
         inputs, labels = next(self.batches(batch_size, batch_size))
 
         def work() -> int:
@@ -266,7 +270,7 @@ class Setup:
         return models.fold_batch_norms(copy.deepcopy(self.network))
 
     def validate(self) -> int:
-        train.evaluate(self.folded, self.splits["val"], self.runtime).compute()
+        train.evaluate(self.folded, self.splits["val"], self.scores(), self.runtime).compute()
         return len(self.splits["val"])
 
 
@@ -276,20 +280,14 @@ def prepare_this(settings: Settings, device: str, amp: str) -> tuple[int, float]
     Returns:
         this process's number of composites, and the MiB that their features and labels take.
     """
-    setup = Setup(settings.many, device, "--amp", amp).keep_features()
-
-    def start() -> int:
-        n_images = setup.read()
-        setup.keep_features()
-        return n_images
-
-    WORKS.update({"validation": timed(setup.validate), "reading and encoding": timed(start)})
+    setup = Setup(settings.many, device, "--amp", amp)
+    WORKS.update({"validation": timed(setup.validate), "reading and encoding": timed(setup.read)})
     n_images = settings.n_images // setup.runtime.world_size
     for size in settings.batch_sizes:
         WORKS[f"training, batch {size}"] = setup.epoch(setup.trainer(), size, n_images)
         WORKS[f"bare steps, batch {size}"] = setup.bare_steps(size, n_images)
     splits = setup.splits.values()
-    n_bytes = sum(one.nbytes for split in splits for one in (*split.features, *split.labels))
+    n_bytes = sum(one.nbytes for split in splits for one in (*split.inputs, *split.labels))
     return sum(map(len, splits)), n_bytes / 2**20
 
 
@@ -300,10 +298,12 @@ class PlainDataset(Dataset):
     """Opens a composite and decodes its label, by a table of the nearest colours, at every access."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths, decoder = paths, dataset.project_decoder()
+        self.paths = paths
+        ids, colors = zip(*((index, color) for index, entry in enumerate(dataset.CLASSES)
+                            for color in (entry.color, *entry.further.values())))
         levels = np.arange(0, 256, 8) + 4
         rgb = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 1, 3)
-        self.table = decoder.ids[((rgb - decoder.colors.astype(int)) ** 2).sum(axis=2).argmin(axis=1)]
+        self.table = np.array(ids)[((rgb - np.array(colors)) ** 2).sum(axis=2).argmin(axis=1)]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -327,12 +327,12 @@ def prepare_plain(settings: Settings) -> None:
     network = models.EfficientSegNet(N_CLASSES, "none", finetune_encoder=True).to(device)
     decoder = network.decoder1
     decoder.forward = lambda x: decoder.conv_block(decoder.upsampler(x))  # in two steps, as it is drawn
-    paths = dataset.list_composites(settings.many / "train")[: settings.n_images]
+    paths = dataset.list_composites(settings.many / "train")[0][: settings.n_images]
     for size in settings.batch_sizes:
         optimizer = torch.optim.AdamW(network.decoder_parameters(), lr=1e-3)
         loader = DataLoader(PlainDataset(paths), size, shuffle=True, drop_last=True)
         WORKS[f"training, batch {size}"] = timed(partial(plain_epoch, network, loader, device, optimizer))
-    loader = DataLoader(PlainDataset(dataset.list_composites(settings.many / "val")), 4)
+    loader = DataLoader(PlainDataset(dataset.list_composites(settings.many / "val")[0]), 4)
     WORKS["validation"] = timed(partial(plain_epoch, network, loader, device))
 
 
@@ -419,7 +419,7 @@ def compare_growth(settings: Settings) -> None:
     """Training at other sizes of image and of batch."""
     epochs = {}
     for side, batch_sizes in ((256, (4, 1, 16)), (128, (4,)), (512, (4,))):
-        setup = Setup(settings.few, settings.device, "--image_size", str(side)).keep_features()
+        setup = Setup(settings.few, settings.device, "--image_size", str(side))
         for size in batch_sizes:
             epoch = setup.epoch(setup.trainer(), size, settings.n_images // 2)
             epochs[f"{side}x{side}, batch {size}"] = epoch
@@ -445,8 +445,8 @@ def compare_processes(settings: Settings) -> None:
 
 def compare_peers(settings: Settings) -> None:
     """Training against other networks with a frozen encoder."""
-    images = Setup(settings.few, settings.device)
-    setup = Setup(settings.few, settings.device).keep_features()
+    images = Setup(settings.few, settings.device, "--finetune_encoder")  # which keeps images
+    setup = Setup(settings.few, settings.device)
     print_title("Other networks, frozen encoder, same precision, channels_last", "theirs")
     for size in settings.batch_sizes:
         n_images = settings.n_images // 2
@@ -487,7 +487,7 @@ def peer_epoch(network: nn.Module, encoder: nn.Module, batches: Callable[[], Ite
         network.train()
         encoder.eval()
         n_images = 0
-        for images, labels in batches():
+        for (images,), labels in batches():
             with runtime.autocast():
                 logits = network(dataset.normalize(images))
             logits = logits["out"] if isinstance(logits, dict) else logits  # torchvision's or smp's
@@ -516,21 +516,9 @@ def compare_finetuning(settings: Settings) -> None:
     compare(epochs, settings.repeats, "training, batch 4, {}, images/s")
 
 
-def compare_compile(settings: Settings) -> None:
-    """What --compile gives, and how long it takes."""
-    setup = Setup(settings.few, settings.device).keep_features()
-    trainers = {"without": setup.trainer(), "with": setup.trainer()}
-    started = time.perf_counter()
-    trainers["with"].compile_decode(setup.args.image_size, 4)
-    seconds = time.perf_counter() - started
-    print_title("Training with --compile", "without", "with")
-    epochs = {name: setup.epoch(trainer, 4, settings.n_images // 2) for name, trainer in trainers.items()}
-    compare(epochs, settings.repeats, f"batch 4, after {seconds:.0f} s of compiling, images/s")
-
-
 SECTIONS = {"loop": compare_loop, "growth": compare_growth, "processes": compare_processes,
-            "peers": compare_peers, "finetuning": compare_finetuning, "compile": compare_compile}
-QUICK_SECTIONS = 4  # the last two take too long for --quick
+            "peers": compare_peers, "finetuning": compare_finetuning}
+QUICK_SECTIONS = 4  # the last takes too long for --quick
 
 
 # --- Whole runs ---------------------------------------------------------------------------------------------
@@ -556,12 +544,12 @@ def time_run(flags: Sequence[str], output_dir: Path) -> None:
     with open(output_dir / "history.csv", newline="") as file:
         history = list(csv.DictReader(file))
     epochs = sum(float(row["seconds"]) for row in history)
-    start, read, encoded, end = (marks[word] for word in ("Device", "Data", "Model", "peaks"))
-    seconds = (start, read - start, encoded - read, epochs, end - encoded - epochs, end)
+    start, read, end = (marks[word] for word in ("Memory", "Training", "peaks"))
+    seconds = (start, read - start, epochs, end - read - epochs, end)
     rate = statistics.median(float(row["images_per_second"]) for row in history)
     host, gpu = map(float, lines[-1].split()[1:])
     print("".join(f"{one:>8.1f}" for one in seconds) + f"{rate:>10.1f}{host:>8.0f}{gpu:>8.0f}", flush=True)
-    print("".join(f"  {line}" for line in lines if line.startswith(("CUDA", "Compile", "warning"))), end="")
+    print("".join(f"  {line}" for line in lines if line.startswith(("CUDA", "warning"))), end="")
 
 
 def time_whole_runs(folder: Path, n_composites: int, device: str) -> None:
@@ -569,21 +557,20 @@ def time_whole_runs(folder: Path, n_composites: int, device: str) -> None:
     counts = {"train": n_composites, "val": math.ceil(WHOLE_RUN["val"] * n_composites / WHOLE_RUN["train"])}
     print(f"\ntrain.py, {N_EPOCHS} epochs of {n_composites:,} composites and {counts['val']} for validation: "
           "seconds, images/s in training, peak MiB")
-    columns = ("start", "read", "encode", "epochs", "rest", "total")
+    columns = ("start", "read", "epochs", "rest", "total")
     print(f"{'':<34}" + "".join(f"{one:>8}" for one in columns) + f"{'images/s':>10}{'process':>8}{'GPU':>8}")
     shared = ["--num_epochs", str(N_EPOCHS), "--encoder_weights", "none", "--device", device,
               "--data_dir", str(copy_demo(folder / "data", counts))]
     for choice in ("--batch_size 4", "--batch_size 16", "--batch_size 4 --no_cache",
-                   "--batch_size 4 --finetune_encoder", "--batch_size 4 --compile",
-                   "--batch_size 16 --compile"):
+                   "--batch_size 4 --finetune_encoder"):
         print(f"{choice:<34}", end="", flush=True)
         time_run([*shared, *choice.split()], folder / choice)
-    print("encode: and compile; rest: writing after each epoch, the report after the last")
+    print("read: and encode; rest: writing after each epoch, the report after the last")
 
 
 def profile_step(folder: Path, device: str) -> None:
     """Where the time of training goes."""
-    setup = Setup(copy_demo(folder / "few", {"train": 32, "val": 4}), device).keep_features()
+    setup = Setup(copy_demo(folder / "few", {"train": 32, "val": 4}), device)
     epoch = setup.epoch(setup.trainer(), 4, 32)
     epoch()
     with torch.profiler.profile() as profiler:
@@ -609,9 +596,9 @@ def get_args_parser() -> utils.ArgumentParser:
     parser.add_argument("sections", nargs="*", metavar="SECTION",
                         help=f"{', '.join(SECTIONS)}; all if left out")
     parser.add_argument("--quick", action="store_true",
-                        help="less of all, and not the last two sections unless named: within a minute")
+                        help="less of all, and not the last section unless named: within a minute")
     parser.add_argument("--whole_runs", type=utils.whole_number(1), nargs="?", const=WHOLE_RUN["train"],
-                        metavar="N", help="time train.py instead, with and without --compile, --no_cache and "
+                        metavar="N", help="time train.py instead, with and without --no_cache and "
                                           "--finetune_encoder, on N composites, %(const)s if left out, and "
                                           "profile an epoch")
     parser.add_argument("--device", default="auto", help="as for train.py")
@@ -640,7 +627,6 @@ def main() -> None:
           f"torch {torch.__version__}, torchvision {torchvision.__version__}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "compiled")  # compile anew
         if args.whole_runs:
             time_whole_runs(folder, args.whole_runs, args.device)
             profile_step(folder, args.device)

@@ -18,7 +18,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
 from torchvision.models import efficientnet_b0  # noqa: E402
 from torchvision.models.efficientnet import EfficientNet, MBConvConfig  # noqa: E402
 
@@ -63,10 +62,7 @@ def backbone(build):
 def hurry():
     """Take depth, pictures and waiting for the disk out of runs that are not tested for them."""
     with backbone(shallow_efficientnet), pytest.MonkeyPatch.context() as patch:
-        for owner, name in ((utils, "plot_curves"), (utils, "plot_predictions"),
-                            (metrics.SegmentationMetrics, "plot")):
-            patch.setattr(owner, name, lambda *_: Figure())
-        patch.setattr(Figure, "savefig", lambda figure, file, **options: file.write(b"picture"))
+        patch.setattr(utils, "write_picture", lambda path, draw: utils.write_file(path, b"picture"))
         patch.setattr(os, "fsync", lambda descriptor: None)  # no test cuts the power
         yield
 
@@ -119,7 +115,8 @@ def make_trainer(finetune=False, amp="off", n_steps=10, device="cpu"):
     runtime = utils.Runtime.start(device, amp)
     network = models.EfficientSegNet(20, "none", finetune_encoder=finetune)
     network.to(runtime.device, memory_format=torch.channels_last)
-    return train.Trainer(network.train(), 1e-3, n_steps, runtime)
+    scores = metrics.SegmentationMetrics(20, runtime.device)
+    return train.Trainer(network.train(), scores, 1e-3, n_steps, runtime)
 
 
 def plain_loss(logits, labels):

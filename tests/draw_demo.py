@@ -13,9 +13,10 @@ from PIL import Image, ImageDraw
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts lie flat in the repository's root
 
-from dataset import CLASSES, VOID_COLORS  # noqa: E402
+from dataset import CLASSES  # noqa: E402
 
-LABEL_COLORS = {entry.name: entry.color for entry in CLASSES} | VOID_COLORS
+LABEL_COLORS = {name: color for entry in CLASSES
+                for name, color in {entry.name: entry.color, **entry.further}.items()}
 DEMO_SPLITS = {"train": 40, "val": 8}  # 48 composites of 256x512 take less than 2 MB
 EYE = 1.7  # metres that the camera stands high
 FOCAL = 0.9  # widths of the picture that its focal length is long

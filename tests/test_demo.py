@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset import CLASSES, decode_label, list_images
+from dataset import CLASSES, decode_label, find_images
 from draw_demo import DEMO_SPLITS, LABEL_COLORS, ROOT, draw_scene, write_scenes
 
 DEMO = ROOT / "images" / "demo"
@@ -17,11 +17,11 @@ def quality_95_tables(folder):
 
 @pytest.mark.parametrize("split", DEMO_SPLITS)
 def test_the_demo_holds_all_classes_in_composites_that_decode(split, tmp_path):
-    paths = list_images(DEMO / split)
-    assert [path.name for path in paths] == [f"{number}.jpg" for number in range(1, DEMO_SPLITS[split] + 1)]
+    paths, others = find_images(DEMO / split)
+    names = [f"{number}.jpg" for number in range(1, DEMO_SPLITS[split] + 1)]
+    assert [path.name for path in paths] == names and not others
     tables, found = quality_95_tables(tmp_path), set()
-    for path in paths:
-        composite = Image.open(path)
+    for composite in map(Image.open, paths):
         assert (composite.format, composite.size, composite.quantization) == ("JPEG", (512, 256), tables)
         found |= set(decode_label(np.asarray(composite)[:, 256:]).flat)
     assert found == set(range(len(CLASSES)))

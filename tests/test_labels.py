@@ -7,14 +7,15 @@ import pytest
 from PIL import Image
 
 import dataset
-from dataset import CLASSES, VOID_COLORS, DatasetError, LabelDecoder, SegmentationClass
+from dataset import CLASSES, DatasetError, LabelDecoder, SegmentationClass
 from draw_demo import draw_scene
 
 ROOT = Path(__file__).parent.parent
-COLORS = [*(entry.color for entry in CLASSES), *VOID_COLORS.values()]
+VOID = np.array([*CLASSES[0].further.values()], dtype=np.uint8)  # (9, 3)
 PALETTE = np.array([entry.color for entry in CLASSES], dtype=np.uint8)  # (20, 3)
+COLORS, IDS = np.concatenate([PALETTE, VOID]), [*range(20), *[0] * 9]  # (29, 3), and what they stand for
 GREY = np.arange(256, dtype=np.uint8)[:, None].repeat(3, axis=1)
-RESAMPLINGS = [Image.Resampling[name] for name in ("NEAREST", "BILINEAR", "BICUBIC", "LANCZOS")]
+RESAMPLINGS = [Image.Resampling[name] for name in ("NEAREST", "BILINEAR", "LANCZOS")]
 WHITE_CARS = np.where(np.arange(20)[:, None] == 14, 255, 0).repeat(3, axis=1)  # before black
 
 
@@ -48,19 +49,20 @@ def draw_label(classes=20, size=256, seed=0):
     return label
 
 
-def random_classes(count):
+def random_classes(count, n_further=0):
+    """So many classes, the last ones with a further colour each."""
     grid = np.stack(np.mgrid[0:256:36, 0:256:36, 0:256:36], axis=-1).reshape(-1, 3)
-    colors = np.random.default_rng(1).permutation(grid)
-    return tuple(SegmentationClass(str(color), tuple(color)) for color in colors[:count].tolist())
+    colors = [*map(tuple, np.random.default_rng(1).permutation(grid)[: count + n_further].tolist())]
+    further = [{}] * (count - n_further) + [{"further": color} for color in colors[count:]]
+    return tuple(SegmentationClass(str(color), color, more) for color, more in zip(colors, further))
 
 
-@pytest.mark.parametrize("color", COLORS)
-def test_an_exact_colour_decodes_to_its_class_even_as_a_single_pixel(color):
-    expected = COLORS.index(color) if color not in VOID_COLORS.values() else 0
-    for ground in (1, 3, 9):
+@pytest.mark.parametrize("ground", [1, 3, 9])
+def test_an_exact_colour_decodes_to_its_class_even_as_a_single_pixel(ground):
+    for color, expected in zip(COLORS, IDS):
         rgb = np.full((9, 9, 3), PALETTE[ground])
         rgb[4, 4] = color
-        assert dataset.decode_label(rgb)[4, 4] == expected
+        assert dataset.decode_label(rgb)[4, 4] == expected, color
 
 
 def test_colorize_and_decode_are_inverse():
@@ -68,39 +70,67 @@ def test_colorize_and_decode_are_inverse():
     assert np.array_equal(dataset.decode_label(dataset.colorize(label)), label)
 
 
-@pytest.mark.parametrize("count", [2, 3, 20, 60])
-@pytest.mark.parametrize("void_colors", [{}, VOID_COLORS], ids=["no void", "void"])
-def test_tables_of_2_to_60_classes_of_any_name_decode(count, void_colors):
-    classes = random_classes(count)
-    decoder, label = LabelDecoder(classes, void_colors), draw_label(count)
+@pytest.mark.parametrize("count, n_further", [(2, 0), (3, 3), (20, 9), (60, 0), (60, 9)])
+def test_tables_of_2_to_60_classes_of_any_name_decode(count, n_further):
+    classes = random_classes(count, n_further)
+    decoder, label = LabelDecoder(classes), draw_label(count)
     rgb = np.array([entry.color for entry in classes], dtype=np.uint8)[label]
     assert np.array_equal(decoder.decode(rgb), label) and decoder.problem(rgb) is None
     assert np.mean(decoder.decode(through_jpeg(rgb)) != label) < 0.02
+    for index, entry in enumerate(classes):
+        for color in entry.further.values():
+            assert (decoder.decode(np.full((4, 4, 3), color, dtype=np.uint8)) == index).all()
 
 
 def test_colours_one_level_apart_are_told_apart_where_they_are_exact():
-    decoder, label = LabelDecoder([SegmentationClass(str(i), (i, i, i)) for i in range(20)], {}), draw_label()
+    decoder, label = LabelDecoder([SegmentationClass(str(i), (i, i, i)) for i in range(20)]), draw_label()
     assert np.array_equal(decoder.decode(GREY[label]), label)
 
 
-@pytest.mark.parametrize("classes, void_colors, words", [
-    (CLASSES[:1], {}, "2 to 60 classes"), (random_classes(61), {}, "2 to 60 classes"),
-    (CLASSES, {"mud": (70, 70, 70)}, "'building' and 'mud' have the same colour"),
-    ((*CLASSES, SegmentationClass("mud", (0, 0, 256))), {}, "'mud'"),
-    ((*CLASSES, SegmentationClass("mud", (0, 0))), {}, "'mud'"),
-    ((*CLASSES, SegmentationClass(20, (0, 0, 255))), {}, "name 20 is no text"),
-    (CLASSES, {"mud": (0.5, 0, 0)}, "'mud'"),
+@pytest.mark.parametrize("classes, words", [
+    (CLASSES[:1], "2 to 60"), (random_classes(61), "2 to 60"),
+    ((*CLASSES, SegmentationClass("mud", (70, 70, 70))), "'building' and 'mud' have the same colour"),
+    ((*CLASSES, SegmentationClass("mud", (9, 9, 9), {"dirt": (0, 0, 90)})), "'caravan' and 'dirt'"),
+    ((*CLASSES, SegmentationClass("mud", (0, 0, 256))), "'mud'"),
+    ((*CLASSES, SegmentationClass("mud", (9, 9, 9), {"dirt": (0, 0)})), "'dirt'"),
 ])
-def test_a_faulty_table_is_refused_in_one_line(classes, void_colors, words):
+def test_a_faulty_table_is_refused_in_one_line(classes, words):
     with pytest.raises(DatasetError, match=words) as error:
-        LabelDecoder(classes, void_colors)
+        LabelDecoder(classes)
     assert "\n" not in str(error.value)
+
+
+def test_a_table_that_is_changed_in_a_running_program_is_followed(monkeypatch):
+    rgb = PALETTE[np.ones((16, 16), dtype=int)]
+    rgb[:8] = 255
+    assert "rgb(255, 255, 255)" in problem(rgb)
+    monkeypatch.setitem(CLASSES[0].further, "snow", (255, 255, 255))
+    assert problem(rgb) is None
+    assert (dataset.decode_label(rgb) == np.arange(16)[:, None] // 8).all()
+    monkeypatch.setattr(dataset, "CLASSES", [SegmentationClass("night", (0, 0, 0)),
+                                             SegmentationClass("day", (255, 255, 255))])
+    assert (dataset.decode_label(rgb)[:8] == 1).all()
+    assert (dataset.colorize(np.ones((2, 2), dtype=np.uint8)) == 255).all()
+
+
+def test_a_further_colour_that_is_moved_to_another_class_decodes_to_it(monkeypatch):
+    label, further = draw_label(), dict(CLASSES[0].further)
+    rgb = PALETTE[label]
+    rgb[100:132, 100:132] = further["caravan"]
+    rgb, before = through_jpeg(rgb), dataset.decode_label(through_jpeg(rgb))
+    assert (before[104:128, 104:128] == 0).all()
+    changes = {14: {"caravan": further.pop("caravan")}, 0: further}
+    monkeypatch.setattr(dataset, "CLASSES", tuple(
+        entry._replace(further=changes.get(index, {})) for index, entry in enumerate(CLASSES)))
+    after = dataset.decode_label(rgb)
+    assert (after[104:128, 104:128] == 14).all() and np.mean(after != before) < 0.03
+    assert tuple(dataset.colorize(after)[116, 116]) == CLASSES[14].color
 
 
 def nearest_color(rgb):
     """What a plain decoder does: the nearest of all official colours, classes and void."""
-    squared = ((rgb[:, :, None].astype(int) - np.array(COLORS)) ** 2).sum(axis=-1)
-    return dataset.project_decoder().ids[squared.argmin(axis=-1)]
+    squared = ((rgb[:, :, None].astype(int) - COLORS) ** 2).sum(axis=-1)
+    return np.array(IDS)[squared.argmin(axis=-1)]
 
 
 def majority(label, size):
@@ -137,33 +167,21 @@ def test_a_thin_pole_lives():
     assert np.mean(dataset.decode_label(through_jpeg(PALETTE[label]))[45:195, 100:102] == 6) > 0.9
 
 
-@pytest.mark.parametrize("quality", [75, 85, 95])
-@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:0"])
-def test_labels_pass_after_jpeg(quality, subsampling):
-    assert problem(through_jpeg(PALETTE[draw_label()], quality, subsampling)) is None
+@pytest.mark.parametrize("colors", [PALETTE, VOID, VOID[:1] * 0], ids=["all classes", "void", "background"])
+@pytest.mark.parametrize("quality, subsampling", [(75, "4:2:0"), (95, "4:2:0"), (95, "4:4:4")])
+def test_labels_pass_after_jpeg(colors, quality, subsampling):
+    assert problem(through_jpeg(colors[draw_label() % len(colors)], quality, subsampling)) is None
 
 
-@pytest.mark.parametrize("size", [32, 64, 128, 512, 1024])
+@pytest.mark.parametrize("size", [64, 512, 1024])
 @pytest.mark.parametrize("resampling", RESAMPLINGS)
 def test_resized_labels_pass(size, resampling):
     assert problem(resized(PALETTE[draw_label()], size, resampling)) is None
 
 
-@pytest.mark.parametrize("quality", [75, 95])
-def test_void_everywhere_passes(quality):
-    void = np.array([*VOID_COLORS.values()], dtype=np.uint8)
-    assert problem(through_jpeg(void[draw_label(len(void))], quality)) is None
-
-
-@pytest.mark.parametrize("size", [2, 64, 600])
-def test_a_label_of_background_alone_passes(size):
-    rgb = np.zeros((size, size, 3), dtype=np.uint8)
-    assert problem(rgb) is None and share(rgb) == 0
-
-
 @pytest.mark.parametrize("palette", [GREY[:20], GREY[7:27], PALETTE[:, ::-1], WHITE_CARS],
                          ids=["ids as grey", "label ids as grey", "channels swapped", "white on black"])
-@pytest.mark.parametrize("quality", [None, 75, 95])
+@pytest.mark.parametrize("quality", [None, 95])
 def test_other_palettes_are_refused(palette, quality):
     label = draw_label()
     label[30:70, 30:70] = 14
@@ -171,22 +189,20 @@ def test_other_palettes_are_refused(palette, quality):
     assert problem(rgb if quality is None else through_jpeg(rgb, quality)) is not None
 
 
-@pytest.mark.parametrize("color", [
-    (255, 255, 255), (0, 0, 160), (145, 170, 100), (64, 0, 128), (0, 255, 255),
-])
+@pytest.mark.parametrize("color", [(255, 255, 255), (0, 0, 160), (145, 170, 100), (64, 0, 128)])
 @pytest.mark.parametrize("quality", [None, 95])
 def test_a_small_thing_in_a_strange_colour_is_refused_by_name(color, quality):
     rgb = PALETTE[draw_label()]
     rgb[100:118, 100:118] = color  # 0.5%
     found = problem(rgb if quality is None else through_jpeg(rgb, quality))
-    assert "VOID_COLORS" in found and "CLASSES" in found
+    assert "CLASSES" in found
     assert quality or f"0.5% of its label are rgb{color}" in found
 
 
 def test_a_photo_is_no_label():
     noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3)).astype(np.uint8)
     photo = resized(noise, 256, Image.Resampling.BICUBIC)
-    assert "no colour-coded label" in problem(photo) and share(photo) < 0.4
+    assert "not in the colours of the class table" in problem(photo) and share(photo) < 0.4
 
 
 def test_real_labels_pass_and_keep_their_thin_things():

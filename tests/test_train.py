@@ -11,7 +11,6 @@ import shutil
 import signal
 import threading
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.run import main as torchrun
 
 import dataset
+import metrics
 import model as models
 import train
 import utils
@@ -90,12 +90,10 @@ def test_config_and_table_name_the_classes(run_dir):
 
 def test_checkpoints_hold_plain_types_and_each_tensor_once(run_dir):
     last, best = load(run_dir / "last.pth"), load(run_dir / "best.pth")
-    assert set(last) == {"model", "average", "optimizer", "scaler", "epoch", "best_dice", "best", "history",
-                         "config"}
-    assert set(best) == {"model", "epoch", "best_dice", "config"}
+    assert set(last) == {"model", "average", "optimizer", "scaler", "epoch", "best", "history", "config"}
+    assert set(best) == {"model", "best", "config"} and best["best"]["epoch"] <= 2
     assert {key.split(".")[0].rstrip("12345") for key in best["model"]} == {"encoder", "decoder", "out"}
     assert last["history"][-1]["epoch"] == last["epoch"] == 2
-    assert not any(key.startswith("encoder") for key in last["best"]["model"])  # the same in every epoch
 
 
 def test_training_lowers_the_loss_and_a_checkpoint_always_predicts_the_same(uninterrupted, scenes):
@@ -131,8 +129,8 @@ def test_evaluate_and_predict_agree_at_any_size(own_scenes, run_dir, capsys, fli
     scored = figures_line(capsys.readouterr().out).split()
     predict([str(own_scenes / "val"), "--composite", "--checkpoint", str(run_dir / "best.pth"),
              "--output", str(own_scenes / "masks"), *chosen])
-    together = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("All 7"))
-    assert f"dice {scored[1]}" in together and f"mean IoU {scored[5]}" in together
+    together = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("All "))
+    assert f"dice {scored[1]}" in together and f"mean_iou {scored[5]}" in together
 
 
 def test_flip_changes_the_figures(scenes, run_dir, capsys):
@@ -151,24 +149,12 @@ def test_kept_features_and_encoding_in_every_step_give_the_same_figures(scenes, 
             assert float(kept[name]) == pytest.approx(float(fresh[name]), abs=0.01), name
 
 
-@pytest.mark.parametrize("case", [
-    (10_000, "do not fit in memory"),
-    (2_200_000, "fit nowhere: the encoder runs in every step"),  # images 1.0 MB, features in float16 2.0
-])
-def test_short_memory_keeps_less_and_says_so(scenes, tmp_path, capsys, monkeypatch, case):
-    available, words = case
-    monkeypatch.setattr(utils, "available_memory", lambda: available)
-    argv = arguments(scenes, tmp_path / "run", "--num_epochs", 1, "--num_workers", 0)
-    train.main([*argv, "--image_size", "128"])
+@pytest.mark.parametrize("free, words", [(10_000, "read in every step, for they do not fit into memory"),
+                                         (1_000_000, "kept in host memory")])
+def test_memory_is_taken_where_it_is_and_a_line_says_so(scenes, tmp_path, capsys, monkeypatch, free, words):
+    monkeypatch.setattr(utils, "free_memory", lambda: free)  # features and labels take 0.69 MB in bf16
+    train.main(arguments(scenes, tmp_path / "run", "--num_epochs", 1, "--num_workers", 0, "--amp", "bf16"))
     assert words in capsys.readouterr().out
-
-
-def test_float32_features_are_kept_as_float16_where_only_half_fits(scenes, tmp_path, capsys, monkeypatch):
-    # 15 images: 1.0 MB, MEMORY_SHARE of this 0.8
-    monkeypatch.setattr(utils, "available_memory", lambda: 1_000_000)
-    train.main(arguments(scenes, tmp_path / "run", "--num_epochs", 1, "--amp", "off"))
-    assert "as float16 in host memory, half of what torch.float32 takes" in capsys.readouterr().out
-    assert load(tmp_path / "run" / "last.pth")["config"]["features"] == ["cpu", "float16"]
 
 
 def test_only_finetuning_augments(scenes, tmp_path, monkeypatch):
@@ -185,7 +171,7 @@ def test_finetuning_moves_the_encoder_and_a_resume_is_exact(scenes, tmp_path):
     """Augmentation included. The rate is constant from the first step on, so --num_epochs does not matter."""
     for name, n_epochs in (("whole", 2), ("run", 1)):
         argv = arguments(scenes, tmp_path / name, "--num_epochs", n_epochs, "--finetune_encoder")
-        train.main([*argv, "--image_size", "32"])
+        train.main(argv)
     before = weights(tmp_path / "run" / "last.pth")["encoder3.0.block.0.0.weight"]
     train.main(["--resume", str(tmp_path / "run" / "last.pth"), "--num_epochs", "2"])
     assert not torch.equal(before, weights(tmp_path / "run" / "last.pth")["encoder3.0.block.0.0.weight"])
@@ -259,49 +245,57 @@ def make_batch(n_images=2, size=64):
 
 @pytest.mark.parametrize("finetune", [False, True])
 def test_a_step_is_adamw_on_the_loss_and_reports_cross_entropy(finetune):
-    """Against the network, loss and optimizer written down plainly, from the same weights."""
+    """Against network and loss written down plainly in float64, and AdamW on the trainer's own gradients."""
     trainer, (images, labels) = make_trainer(finetune), make_batch()
-    plain = models.EfficientSegNet(20, "none", finetune_encoder=finetune)
-    plain.load_state_dict(trainer.network.state_dict())
+    plain = copy.deepcopy(trainer.network).double().train()
+    before = [parameter.detach().clone() for parameter in trainer.parameters]
+    gradients = []
+    trainer.optimizer.register_step_pre_hook(
+        lambda *_: gradients.extend(parameter.grad.clone() for parameter in trainer.parameters))
     trainer.generator = torch.Generator().manual_seed(3) if finetune else None
-    trainer.step(images, labels)
+    trainer.step([images], labels)
 
     if finetune:
         images, labels = dataset.augment(images, labels, torch.Generator().manual_seed(3))
-    logits, labels = plain.train()(dataset.normalize(images)), labels.long()
-    rate = 1e-3 * train.learning_rate_factor(1 / 10)
-    groups = [{"params": plain.decoder_parameters(), "lr": rate}]
-    if finetune:
-        groups.append({"params": plain.encoder_parameters(), "lr": rate * train.ENCODER_LEARNING_RATE})
-    optimizer = torch.optim.AdamW(groups, weight_decay=train.WEIGHT_DECAY)
+    logits, labels = plain(dataset.normalize(images).double()), labels.long()
     plain_loss(logits, labels).backward()
-    optimizer.step()
     figures = trainer.scores.compute()
-    assert figures["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert figures["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
     assert figures["dice"] == pytest.approx((logits.argmax(1) == labels).float().mean().item(), abs=1e-3)
-    for new, old in zip(trainer.network.parameters(), plain.parameters()):
-        # AdamW's first step moves by the rate, up or down: by chance where the gradient is 0.
-        if old.grad is not None:
-            clear = old.grad.abs() > max(1e-3 * old.grad.abs().max(), 1e-6)
-            torch.testing.assert_close(new[clear], old[clear], rtol=1e-4, atol=0.02 * rate)
+    parts = [plain.decoder_parameters(), *([plain.encoder_parameters()] if finetune else [])]
+    rates = [1e-3 * train.learning_rate_factor(1 / 10), 1e-3 * train.ENCODER_LEARNING_RATE]
+    index = 0
+    for parameters, rate in zip(parts, rates):
+        for parameter in parameters:
+            gradient = gradients[index].double()
+            largest = parameter.grad.abs().max()
+            if largest > 1e-6:  # a bias before a batch norm has none but rounding
+                assert (gradient - parameter.grad).abs().max() < 0.01 * largest
+            # AdamW's first step, of a running mean and square that are the gradient's own
+            step = rate * gradient / (gradient.abs() + 1e-8)
+            expected = before[index].double() * (1 - rate * train.WEIGHT_DECAY) - step
+            found = trainer.parameters[index].double()
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3 * rate)
+            index += 1
+    assert index == len(gradients)
 
 
 def test_features_and_images_are_two_ways_into_one_step():
     images, labels = make_batch()
     by_images, by_features = make_trainer(), make_trainer()
-    by_images.step(images, labels)
-    by_features.step(by_features.encode(images), labels)
+    by_images.step([images], labels)
+    by_features.step(by_features.make_inputs(images), labels)
     for left, right in zip(by_images.network.parameters(), by_features.network.parameters()):
         assert torch.equal(left, right)
 
 
 @pytest.mark.parametrize("finetune", [False, True])
 def test_averages_span_a_share_of_the_steps_so_far(finetune):
-    trainer, (images, labels) = make_trainer(finetune, n_steps=30), make_batch(size=32)
+    trainer, (images, labels) = make_trainer(finetune, n_steps=30), make_batch()
     names = ["decoder1.conv_block.0.weight", "decoder5.conv_block.1.running_var", "encoder1.0.0.weight"]
     expected = {}
     for step in range(1, 13):
-        trainer.step(images, labels)
+        trainer.step([images], labels)
         for name in names:
             value = trainer.network.state_dict()[name]
             rate = 1 / max(train.AVERAGED * step, 1)
@@ -316,11 +310,13 @@ def test_averages_span_a_share_of_the_steps_so_far(finetune):
 
 @pytest.mark.parametrize("finetune", [False, True])
 def test_what_is_scored_is_a_folded_copy_with_other_weights(finetune):
-    trainer, (images, _) = make_trainer(finetune), make_batch(size=32)
+    trainer, (images, _) = make_trainer(finetune), make_batch()
     state = copy.deepcopy(trainer.network.state_dict())
-    others = {key: value + 0.1 if key.endswith("bias") else value for key, value in trainer.average.items()}
-    folded, plain = trainer.fold(others), copy.deepcopy(trainer.network).eval()
-    plain.load_state_dict(others, strict=False)
+    for key, value in trainer.average.items():
+        if key.endswith("bias"):
+            value += 0.1
+    folded, plain = trainer.fold(), copy.deepcopy(trainer.network).eval()
+    plain.load_state_dict(trainer.average, strict=False)
     assert not any(isinstance(layer, torch.nn.BatchNorm2d) for layer in folded.modules())
     with torch.no_grad():
         logits, expected = (network(dataset.normalize(images)) for network in (folded, plain))
@@ -336,17 +332,17 @@ def test_fp16_scales_the_loss_and_steps_alike():
     assert scaled.scaler.is_enabled() and not plain.scaler.is_enabled()
     for trainer in (plain, scaled):
         for _ in range(3):
-            trainer.step(images, labels)
+            trainer.step([images], labels)
     assert scaled.state_dict()["scaler"]["scale"] > 1
     assert scaled.scores.compute()["loss"] == pytest.approx(plain.scores.compute()["loss"], rel=0.02)
 
 
 def test_a_step_in_bf16_is_nearly_that_in_float32():
-    images, labels = make_batch(size=32)
+    images, labels = make_batch()
     plain, rounded = make_trainer(), make_trainer(amp="bf16")
     for trainer in (plain, rounded):
-        trainer.step(images, labels)
-    assert all(one.dtype == torch.bfloat16 for one in rounded.encode(images))
+        trainer.step([images], labels)
+    assert all(one.dtype == torch.bfloat16 for one in rounded.make_inputs(images))
     assert all(parameter.dtype == torch.float32 for parameter in rounded.parameters)
     assert rounded.scores.compute()["loss"] == pytest.approx(plain.scores.compute()["loss"], rel=0.02)
 
@@ -355,7 +351,7 @@ def test_a_step_whose_fp16_gradients_overflow_is_left_out():
     trainer, (images, labels) = make_trainer(amp="fp16"), make_batch()
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=1e38)
     before = [parameter.clone() for parameter in trainer.parameters]
-    trainer.step(images, labels)
+    trainer.step([images], labels)
     assert all(torch.equal(old, new) for old, new in zip(before, trainer.parameters))
     assert trainer.state_dict()["scaler"]["scale"] == pytest.approx(0.5e38)
 
@@ -364,42 +360,15 @@ def test_trainer_state_goes_on_where_it_was():
     images, labels = make_batch()
     one, two = make_trainer(), make_trainer()
     for _ in range(4):
-        one.step(images, labels)
+        one.step([images], labels)
     for _ in range(2):
-        two.step(images, labels)
+        two.step([images], labels)
     state, three = two.state_dict(), make_trainer()
     three.load_state_dict(state, steps_done=2)
     for _ in range(2):
-        three.step(images, labels)
+        three.step([images], labels)
     for left, right in zip(one.network.state_dict().values(), three.network.state_dict().values()):
         assert torch.equal(left, right)
-
-
-@pytest.mark.parametrize("finetune", [False, True])
-def test_compile_decodes_alike_and_changes_no_state(finetune, monkeypatch):
-    # torch.compile's own way up to generated code, whose C++ takes half a minute to compile on a slow machine
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    images, labels = make_batch(2, 32)
-    plain, compiled = make_trainer(finetune), make_trainer(finetune)
-    compiled.compile_decode(32, 2)
-    assert compiled.decode != compiled.network.decode
-    before = plain.network.state_dict()
-    assert all(torch.equal(value, before[key]) for key, value in compiled.network.state_dict().items())
-    for trainer in (plain, compiled):
-        trainer.step(images, labels)
-    assert compiled.scores.compute()["loss"] == pytest.approx(plain.scores.compute()["loss"], rel=1e-4)
-
-
-def test_compile_says_in_one_line_why_not(capsys, monkeypatch):
-    def refuse(*args, **kwargs):
-        raise RuntimeError("no compiler here\nand many lines more")
-
-    monkeypatch.setattr(torch, "compile", refuse)
-    trainer, (images, labels) = make_trainer(), make_batch(size=32)
-    trainer.compile_decode(32, 2)
-    assert capsys.readouterr().out == "Compile     not possible here (no compiler here); going on without\n"
-    trainer.step(images, labels)
-    assert math.isfinite(trainer.scores.compute()["loss"])
 
 
 # --- A run is never lost ------------------------------------------------------------------------------------
@@ -456,7 +425,7 @@ def kill_while_saving(argv):
         if Path(path).name == "last.pth":
             written += 1
             if written == 2:
-                with open(utils.temporary_name(Path(path)), "wb") as file:
+                with open(Path(path).with_name(".last.pth.tmp"), "wb") as file:
                     file.write(bytes(content)[: len(content) // 2])
                 os.kill(os.getpid(), signal.SIGKILL)
         real(path, content, *rest, **options)
@@ -495,35 +464,7 @@ def test_a_stopped_run_says_how_to_go_on(scenes, tmp_path, signal_number, status
     process.join(60)
     text = log.read_text()
     assert process.exitcode == status and "Traceback" not in text, text
-    assert text.splitlines()[-1].endswith(f"--resume '{output / 'last.pth'}'")
-
-
-def train_and_encode_slowly(argv):
-    """Encoding that takes until it is stopped."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    real = train.Trainer.encode
-
-    def encode(self, images):
-        time.sleep(0.2)
-        return real(self, images)
-
-    train.Trainer.encode = encode
-    dataset.ENCODE_BATCH = 1
-    train.main(argv)
-
-
-def test_stopping_before_the_first_epoch_is_polite_and_leaves_the_folder_free(scenes, tmp_path):
-    log, output = tmp_path / "log", tmp_path / "run"
-    process = start(train_and_encode_slowly, arguments(scenes, output, "--num_epochs", 2), log)
-    while "Features" not in (log.read_text() if log.exists() else ""):
-        time.sleep(0.05)
-        assert process.is_alive(), log.read_text()
-    os.kill(process.pid, signal.SIGTERM)
-    process.join(60)
-    text = log.read_text()
-    assert process.exitcode == 143 and "Traceback" not in text, text
-    assert "stopped by SIG" in text and "start again" in text.splitlines()[-1]
-    assert not output.exists()
+    assert text.splitlines()[-1].endswith(f'go on with it: --resume "{output / "last.pth"}"')
 
 
 def limit_file_size(argv):
@@ -541,7 +482,8 @@ def test_a_full_disk_ends_in_a_line_and_keeps_the_previous_checkpoint(scenes, ru
     process.join(120)
     text = (tmp_path / "log").read_text()
     assert process.exitcode == 1 and "Traceback" not in text, text
-    assert "last.pth could not be written" in text.splitlines()[-1]
+    assert "last.pth" in text.splitlines()[-1] and "File too large" in text.splitlines()[-1]
+    assert "go on with it: --resume" in text.splitlines()[-1]
     assert load(output / "last.pth")["epoch"] == 2
     assert not list(output.glob(".*"))
 
@@ -553,16 +495,6 @@ def test_more_epochs_extend_a_finished_run_at_its_learning_rate(run_dir, tmp_pat
     assert [float(row["learning_rate"]) for row in rows_of(output)] == pytest.approx([peak] * 4)
 
 
-def test_a_run_stopped_between_its_last_epoch_and_its_report_still_gets_the_report(run_dir, tmp_path):
-    output = Path(shutil.copytree(run_dir, tmp_path / "run"))
-    for name in ("per_class.csv", "predictions.png"):
-        (output / name).unlink()
-    train.main(["--resume", str(output / "last.pth")])
-    assert same_weights(output / "last.pth", run_dir / "last.pth")
-    assert (output / "per_class.csv").read_text() == (run_dir / "per_class.csv").read_text()
-    assert (output / "predictions.png").exists()
-
-
 def test_resuming_from_a_bare_state_dict_starts_a_new_run_from_its_weights(run_dir, scenes, tmp_path, capsys):
     bare = {f"module.{key}": value for key, value in weights(run_dir / "best.pth").items()}
     torch.save(bare, tmp_path / "bare.pth")
@@ -570,14 +502,17 @@ def test_resuming_from_a_bare_state_dict_starts_a_new_run_from_its_weights(run_d
             "--device", "cpu"]
     train.main(["--resume", str(tmp_path / "bare.pth"), *map(str, argv)])
     output = capsys.readouterr().out
-    assert "a new run starts from its weights; taking the first 20 of CLASSES and --image_size 64" in output
+    assert "bare.pth: a new run starts from its weights" in output and "at 64x64" in output
     assert load(tmp_path / "run" / "last.pth")["epoch"] == 1
 
 
 def test_two_stages_a_frozen_run_and_then_the_encoder_too(run_dir, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train.main(["--resume", str(run_dir / "best.pth"), "--finetune_encoder", "--num_epochs", "1"])
-    assert "a new run starts from its weights; classes and image size are its own" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "a new run starts from its weights" in output and f"weights: {run_dir / 'best.pth'}" in output
+    (first,) = [line for line in output.splitlines() if line.startswith("  0/1")]
+    assert f"{max(float(row['val_dice']) for row in rows_of(run_dir)):.4f}" in first
     (run,) = (tmp_path / "runs").iterdir()
     config = load(run / "last.pth")["config"]
     assert config["image_size"] == 64 and config["settings"]["finetune_encoder"]
@@ -609,9 +544,11 @@ def take_one_step(argv):
     runtime = Runtime.start("cpu", "off")
     torch.manual_seed(0)
     network = models.EfficientSegNet(20, "none").eval()
-    trainer = train.Trainer(network, 1e-3, 1, runtime)
+    scores = metrics.SegmentationMetrics(20, ignore_background=argv[1])
+    trainer = train.Trainer(network, scores, 1e-3, 1, runtime)
     features = [torch.randn(4, *one.shape[1:]) for one in network.encode(torch.zeros(1, 3, 64, 64))]
     labels = torch.randint(20, (4, 64, 64), dtype=torch.uint8)
+    labels[0] = 0  # other numbers of pixels count on each rank
     gradients = {}
     trainer.optimizer.register_step_pre_hook(lambda *_: gradients.update(
         {name: parameter.grad.clone() for name, parameter in network.named_parameters()
@@ -623,10 +560,12 @@ def take_one_step(argv):
     runtime.close()
 
 
-def test_two_ranks_with_batch_two_take_the_step_of_one_with_batch_four(tmp_path):
+@pytest.mark.parametrize("ignore_background", [False, True])
+def test_two_ranks_with_batch_two_take_the_step_of_one_with_batch_four(tmp_path, ignore_background):
     gradients = []
     for n_ranks in (1, 2):
-        statuses, logs = run_ranks(take_one_step, [tmp_path / f"{n_ranks}.pth"], n_ranks, tmp_path)
+        argv = [tmp_path / f"{n_ranks}.pth", ignore_background]
+        statuses, logs = run_ranks(take_one_step, argv, n_ranks, tmp_path)
         assert statuses == [0] * n_ranks, logs
         gradients.append(load(tmp_path / f"{n_ranks}.pth"))
     assert len(gradients[0]) == 32
@@ -637,15 +576,15 @@ def test_two_ranks_with_batch_two_take_the_step_of_one_with_batch_four(tmp_path)
 
 def note_what_is_read(argv):
     """Train, and write down which composites this rank read; rank 2 has too little memory to keep its own."""
-    folder, real = Path(argv[0]), dataset.Split.read
-    utils.available_memory = lambda: 10_000 if os.environ["RANK"] == "2" else 10**9
-    def read(self, keep, bar):
-        rank = os.environ["RANK"]
-        with open(folder / f"read{rank}", "a") as file:
-            file.writelines(f"{path.parent.name}/{path.name}\n" for path in self.composites.paths)
-        return real(self, keep, bar)
+    folder, real = Path(argv[0]), dataset.Split.keep
+    utils.free_memory = lambda: 10_000 if os.environ["RANK"] == "2" else 10**9
 
-    dataset.Split.read = read
+    def keep(self, encode, device, bar):
+        with open(folder / f"read{os.environ['RANK']}", "a") as file:
+            file.writelines(f"{path.parent.name}/{path.name} {device}\n" for path in self.paths)
+        return real(self, encode, device, bar)
+
+    dataset.Split.keep = keep
     train.main(argv[1:])
 
 
@@ -657,28 +596,30 @@ def test_each_rank_reads_its_own_share_and_none_is_left_out(own_scenes, tmp_path
                                  "--num_workers", 0)]
     statuses, logs = run_ranks(note_what_is_read, argv, 3, tmp_path)
     assert statuses == [0, 0, 0], logs
-    shares = [(tmp_path / f"read{rank}").read_text().split() for rank in range(3)]
+    lines = [(tmp_path / f"read{rank}").read_text().splitlines() for rank in range(3)]
+    assert all(("None" in line) == (rank == 2) for rank in range(3) for line in lines[rank])
+    shares = [[line.split()[0] for line in some] for some in lines]
     composites = [f"{path.parent.name}/{path.name}" for path in scenes.rglob("*.jpg")]
     assert sorted(sum(shares, [])) == sorted(composites)
     assert [sum("train" in name for name in share) for share in shares] == [3, 3, 2]
-    assert "1 epochs of 1 steps, 2 x 3 = 6 images a step" in logs[0] and "do not fit in memory" in logs[0]
+    assert "1 epoch of 1 step, 2 x 3 = 6 images a step" in logs[0] and "in each process" in logs[0]
 
 
 def test_steps_are_those_of_the_smallest_share_and_left_over_images_change():
-    args, runtime = train.get_args_parser().parse_args([]), Runtime(torch.device("cpu"), None, "", 0, 2)
-    plan = train.Plan.make(args, 22, runtime)
+    plan = train.make_plan(train.get_args_parser().parse_args([]), 22, world_size=2)
     assert plan.steps == 2 and plan.batch_size == 4
-    left_over = [set(range(11)) - set(sum(plan.batches(11, epoch, 0), [])) for epoch in range(1, 20)]
+    drawn = [sum(train.draw_batches(11, plan, epoch, 0), []) for epoch in range(1, 20)]
+    left_over = [set(range(11)) - set(some) for some in drawn]
     assert all(len(left) == 3 for left in left_over) and set.union(*left_over) == set(range(11))
 
 
-def test_problems_of_any_share_are_told_once_and_counted_over_all(own_scenes, tmp_path):
-    for name in ("2.jpg", "5.jpg", "8.jpg"):
-        (own_scenes / "train" / name).write_bytes(b"damaged")
+def test_the_rank_that_meets_a_problem_says_it(own_scenes, tmp_path):
+    (own_scenes / "train" / "2.jpg").write_bytes(b"damaged")  # rank 1's share
     statuses, logs = run_ranks(train.main, arguments(own_scenes, tmp_path / "run"), 2, tmp_path)
     assert statuses == [1, 1] and not (tmp_path / "run").exists()
-    assert "cannot be read" in logs[0].splitlines()[-1] and "and 2 other composites" in logs[0]
-    assert "Traceback" not in logs[0] and "error" not in logs[1]
+    assert "error: [rank 1]" in logs[1] and "2.jpg cannot be read as an image" in logs[1]
+    assert "error: [rank 0] another process of this job ended; its line says why" in logs[0]
+    assert "Traceback" not in logs[0] + logs[1]
 
 
 def test_more_processes_than_composites_are_refused(scenes, tmp_path):
@@ -686,7 +627,7 @@ def test_more_processes_than_composites_are_refused(scenes, tmp_path):
     (tmp_path / "data" / "train").mkdir()
     shutil.copy(scenes / "train" / "1.jpg", tmp_path / "data" / "train")
     statuses, logs = run_ranks(train.main, arguments(tmp_path / "data", tmp_path / "run"), 2, tmp_path)
-    assert statuses == [1, 1] and "1 composites for 2 processes; start fewer" in logs[0]
+    assert statuses == [1, 1] and "1 composite for 2 processes; start fewer" in logs[0]
 
 
 def test_torchrun_trains(scenes, tmp_path, monkeypatch, capfd):
@@ -701,15 +642,15 @@ def test_torchrun_trains(scenes, tmp_path, monkeypatch, capfd):
 
 def lose_a_rank(folder, *argv):
     """Train, and write down this rank's process; rank 1 dies in the second epoch."""
-    rank, real = int(os.environ["RANK"]), train.Run.save_epoch
+    rank, real = int(os.environ["RANK"]), train.Trainer.end_epoch
     (folder / f"process{rank}").write_text(str(os.getpid()))
 
-    def save_epoch(run, trainer, row):
+    def end_epoch(trainer, row, *rest):
         if row["epoch"] == 2 and rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        return real(run, trainer, row)
+        return real(trainer, row, *rest)
 
-    train.Run.save_epoch = save_epoch
+    train.Trainer.end_epoch = end_epoch
     with hurry():
         try:
             train.main(argv)
@@ -734,23 +675,6 @@ def test_a_rank_that_dies_takes_the_job_down_and_the_run_resumes(scenes, tmp_pat
     assert epoch < 3
     train.main(["--resume", str(output / "last.pth"), "--num_epochs", str(epoch + 1)])
     assert load(output / "last.pth")["epoch"] == epoch + 1
-
-
-def fail_on_rank_1(argv):
-    def step(trainer, *batch):
-        if trainer.runtime.rank == 1:
-            raise utils.UserError("a photo has gone")
-        real(trainer, *batch)
-
-    real, train.Trainer.step = train.Trainer.step, step
-    train.main(argv)
-
-
-def test_a_rank_whose_neighbour_ends_says_so_in_a_line(scenes, tmp_path):
-    statuses, logs = run_ranks(fail_on_rank_1, arguments(scenes, tmp_path / "run"), 2, tmp_path)
-    assert statuses == [1, 1] and "Traceback" not in logs[0] + logs[1], logs
-    assert "error: [rank 0] another process of this job ended; its line says why" in logs[0]
-    assert "error: [rank 1] a photo has gone" in logs[1]
 
 
 @pytest.mark.parametrize("variables", [
@@ -781,9 +705,11 @@ def test_the_command_that_older_guides_give_still_works():
 
 
 def test_the_four_modules_know_no_other_file_of_the_project():
-    for name in ("model", "dataset", "metrics", "utils"):
-        imported = re.findall(r"^(?:import|from) (\w+)", (ROOT / f"{name}.py").read_text(), re.MULTILINE)
-        assert not {"model", "dataset", "metrics", "utils", "train", "predict"} & set(imported), name
+    for name, allowed in (("model", {"utils"}), ("dataset", {"utils"}), ("metrics", set()), ("utils", set())):
+        source = (ROOT / f"{name}.py").read_text()
+        imported = re.findall(r"^ *(?:import|from) (\w+)", source, re.MULTILINE)
+        assert {"model", "dataset", "metrics", "utils", "train", "predict"} & set(imported) == allowed, name
+        assert "from utils import UserError\n" in source or not allowed
 
 
 def test_nothing_is_unpickled_without_weights_only():

@@ -1,6 +1,8 @@
-"""utils.py: arguments, devices, files that are whole at every moment, pictures."""
+"""utils.py: arguments, errors, devices, memory, files that are whole at every moment, pictures."""
 import os
-import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -8,220 +10,174 @@ import torch
 from PIL import Image
 
 import utils
-from utils import UserError
+from conftest import FORKSERVER
+from utils import UserError, check_gpu_architecture
 
 
 @pytest.fixture
 def rank_2_of_4(monkeypatch):
-    """What torchrun tells a process."""
-    variables = {"RANK": "2", "LOCAL_RANK": "2", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
-    for name, value in (variables | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}).items():
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for name, value in zip(names, ("2", "2", "4", "4", "127.0.0.1", "1")):  # as torchrun says
         monkeypatch.setenv(name, value)
 
 
-def make_parser():
+def parse(*argv):
     parser = utils.ArgumentParser(prog="tool.py")
-    parser.add_argument("--batch_size", type=utils.whole_number(1), default=4)
-    parser.add_argument("--image_size", type=utils.whole_number(32, multiple=32), default=64)
-    parser.add_argument("--seed", type=utils.whole_number(0, 2**63 - 1), default=0)
-    parser.add_argument("--learning_rate", type=utils.positive_float, default=1e-3)
-    return parser
+    parser.add_argument("--size", type=utils.whole_number(64, 8192, multiple=32))
+    parser.add_argument("--rate", type=utils.positive_float)
+    parser.add_argument("--device", type=utils.device_name)
+    parser.add_argument("--folder", type=utils.file_path)
+    return parser.parse_args(argv)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--batch_sise", "3"], "unknown argument --batch_sise; did you mean --batch_size?"),
-    (["--batch", "3"], "unknown argument --batch"),
-    (["--zzz"], "unknown argument --zzz (see --help)"),
-    (["--batch_size", "0"], "0: expected a whole number of 1 or more"),
-    (["--batch_size", "2.5"], "2.5: expected a whole number"),
-    (["--image_size", "100"], "100: expected a multiple of 32 of 32 or more"),
-    (["--image_size", "-32"], "-32: expected a multiple of 32"),
-    (["--seed", "-1"], "-1: expected a whole number of 0 or more, at most 9223372036854775807"),
-    (["--seed", str(2**64)], "expected a whole number of 0 or more, at most"),
-    (["--seed", "9" * 5000], "expected a whole number of 0 or more, at most"),
-    (["--learning_rate", "-1"], "-1: expected a number above 0"),
-    (["--learning_rate", "nan"], "nan: expected a number above 0"),
-    (["--learning_rate", "fast"], "fast: expected a number above 0"),
+@pytest.mark.parametrize("argv, message", [
+    (["--siz", "64"], "--siz"),  # no abbreviations: tomorrow's flag may begin alike
+    (["--size", "100"], "100: expected a multiple of 32 of 64 or more, at most 8192"),
+    (["--rate", "nan"], "nan: expected a number above 0"),
+    (["--device", "gpu"], "gpu: expected auto, cpu, cuda, cuda:N or mps"),
+    (["--folder", ""], "is empty"),
 ])
-def test_wrong_arguments_end_in_one_line_and_status_2(arguments, message, capsys):
+def test_wrong_arguments_end_in_one_line_and_status_2(argv, message, capsys):
     with pytest.raises(SystemExit) as end:
-        make_parser().parse_args(arguments)
+        parse(*argv)
     error = capsys.readouterr().err
     assert end.value.code == 2 and message in error and error.count("\n") == 1
 
 
-def test_whole_numbers_within_their_range_are_taken():
-    args = make_parser().parse_args(["--image_size", "96", "--seed", str(2**63 - 1), "--batch_size", " 3 "])
-    assert (args.image_size, args.seed, args.batch_size) == (96, 2**63 - 1, 3)
+def test_arguments_are_anything_that_str_makes_and_paths_know_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    args = parse("--size", 96, "--rate", 1e-3, "--folder", Path("~/runs"))
+    assert (args.size, args.rate, args.folder) == (96, 1e-3, Path("/home/someone/runs"))
 
 
-def test_user_errors_become_one_line_and_status_1(capsys):
-    with pytest.raises(SystemExit) as end, utils.user_errors(KeyError):
-        raise UserError("first\nsecond")
-    assert end.value.code == 1 and capsys.readouterr().err.endswith("error: first second\n")
-    with pytest.raises(ZeroDivisionError), utils.user_errors(KeyError):  # a bug keeps its traceback
-        1 / 0
-
-
-@pytest.mark.parametrize("capability, architectures, served", [
-    ((6, 1), ["sm_50", "sm_60", "sm_70"], True),  # GTX 1080 on torch 2.7: sm_60 serves 6.1
-    ((6, 1), ["sm_75", "sm_80", "sm_90"], False),  # and on torch 2.8
-    ((8, 0), ["sm_75", "sm_86"], False),  # a higher minor version does not serve a lower card
-    ((9, 0), ["sm_80", "sm_90a"], True),
-    ((12, 0), ["sm_90", "compute_90"], True),  # PTX is compiled for later cards
+@pytest.mark.parametrize("error, message", [
+    (UserError("first\nsecond"), "first second"),
+    (OSError(5, "Input/output error", "a.jpg"), "[Errno 5] Input/output error: 'a.jpg'"),  # as it stands
+    (MemoryError(), "memory ran out; try a smaller --batch_size or --image_size, --no_cache"),
 ])
-def test_builds_serve_equal_major_and_not_higher_minor(capability, architectures, served):
-    if served:
-        utils.check_gpu_architecture("card", capability, architectures)
-    else:
-        with pytest.raises(UserError, match="pip install"):
-            utils.check_gpu_architecture("card", capability, architectures)
+def test_what_a_user_can_put_right_becomes_one_line_and_status_1(error, message, capsys):
+    error.__notes__ = ["go on with it: --resume last.pth"]
+    with pytest.raises(SystemExit) as end, utils.one_line_errors("start again"):
+        raise error
+    line = capsys.readouterr().err
+    assert end.value.code == 1 and f"error: {message}" in line
+    assert line.endswith("; go on with it: --resume last.pth\n") and line.count("\n") == 1
 
 
-def test_pascal_on_a_newer_torch_is_told_which_torch_to_install():
-    with pytest.raises(UserError, match=r"6\.1.*torch==2\.7\.1 torchvision==0\.22\.1"):
-        utils.check_gpu_architecture("GeForce GTX 1080", (6, 1), ["sm_75", "sm_90"])
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError), utils.one_line_errors("start again"):
+        raise ZeroDivisionError
 
 
-@pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:99", "gpu", "meta", "mps"])
-def test_devices_that_are_not_here_are_refused(name):
-    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if name in ("cuda", "cuda:0") and has_cuda or name == "mps" and has_mps:
-        pytest.skip("this machine has one")
-    with pytest.raises(UserError, match=f"--device {name}"):
-        utils.select_device(name)
+def test_a_rank_says_which_it_is_and_stops_in_a_thread_too(rank_2_of_4, capsys):
+    def work():
+        with pytest.raises(SystemExit, match="130"), utils.one_line_errors("start again"):
+            raise KeyboardInterrupt
+
+    with ThreadPoolExecutor(1) as pool:  # where no handler of signals can be set
+        pool.submit(work).result()
+    assert capsys.readouterr().err.endswith("error: [rank 2] stopped by SIGINT; start again\n")
 
 
-def test_torchrun_on_a_mac_takes_the_cpu(rank_2_of_4, monkeypatch):
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+def test_what_is_counted_is_one_epoch_or_two_epochs():
+    assert [utils.counted(n, "epoch") for n in (0, 1, 2975)] == ["0 epochs", "1 epoch", "2,975 epochs"]
+
+
+@pytest.mark.parametrize("capability, built_for, remedy", [
+    ((6, 1), ["sm_60", "sm_70"], None),  # GTX 1080 on torch 2.7: sm_60 serves 6.1
+    ((6, 1), ["sm_75", "sm_90"], "torch==2.7.1 torchvision==0.22.1"),  # and on a later one
+    ((7, 0), ["sm_75", "sm_90"], "torch==2.7.1 torchvision==0.22.1"),  # V100
+    ((8, 0), ["sm_75", "sm_86"], "--upgrade torch torchvision"),  # no lower card than it was built for
+    ((9, 0), ["sm_80", "sm_90a"], None),
+    ((12, 0), ["sm_90", "compute_90"], None),  # PTX is compiled for later cards
+])
+def test_a_card_that_this_torch_has_no_kernels_for_is_told_which_torch_has(capability, built_for, remedy):
+    if not remedy:
+        return check_gpu_architecture("card", capability, built_for)
+    with pytest.raises(UserError, match=f"card has .*run: pip install {remedy}, or pass --device cpu"):
+        check_gpu_architecture("card", capability, built_for)
+
+
+@pytest.mark.parametrize("has_cuda", [False, True])
+def test_a_torch_without_cuda_says_so_and_where_to_read_on(has_cuda, monkeypatch):
+    monkeypatch.setattr(utils, "HAS_CUDA", has_cuda)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert utils.select_device("auto").type == "cpu"
-    monkeypatch.delenv("RANK")
-    assert utils.select_device("auto").type == "mps"
+    with pytest.raises(UserError, match="--device cuda: .*pass --device cpu") as error:
+        utils.select_device("cuda")
+    line = str(utils.Runtime(torch.device("cpu"), None, "this CPU has no native bf16"))
+    assert line.startswith("cpu (") and "float32 (this CPU has no native bf16)" in line
+    for text in (line, str(error.value)):
+        assert ("without CUDA" in text and "README's Install" in text) == (not has_cuda)
 
 
-@pytest.mark.parametrize("capability, dtype", [
-    ((6, 1), None), ((7, 0), torch.float16), ((7, 5), torch.float16),
-    ((8, 6), torch.bfloat16), ((9, 0), torch.bfloat16),
+@pytest.mark.parametrize("name, capability, dtype", [
+    ("GTX 1080", (6, 1), None), ("V100", (7, 0), torch.float16), ("RTX 3060", (8, 6), torch.bfloat16),
+    ("GTX 1660 Ti", (7, 5), None),  # no tensor cores, and known for NaN
 ])
-def test_auto_precision_is_what_the_card_is_fast_at(capability, dtype, monkeypatch):
+def test_auto_precision_is_what_the_card_is_fast_at(name, capability, dtype, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Something")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"NVIDIA GeForce {name}")
     assert utils.select_amp("auto", torch.device("cuda:0"))[0] is dtype
     assert utils.select_amp("off", torch.device("cuda:0"))[0] is None
 
 
-def test_a_gtx_16xx_runs_in_float32_though_its_capability_is_a_tensor_cores(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce GTX 1660 Ti")
-    assert utils.select_amp("auto", torch.device("cuda:0")) == (None, "GTX 16xx is known for NaN in fp16")
-
-
-@pytest.mark.parametrize("flags, dtype", [
-    ("fpu avx2 avx512f avx512_bf16 vnni", torch.bfloat16),
-    ("fpu avx2 amx_bf16 amx_tile", torch.bfloat16),
-    ("fpu avx2 avx512f", None),
-    (None, None),  # not Linux
+@pytest.mark.parametrize("flags, has_bf16", [
+    ("fpu avx512_bf16 vnni", True), ("fpu amx_bf16 amx_tile", True), ("fpu avx512f", False), (None, False),
 ])
-def test_auto_precision_on_the_cpu_follows_its_instructions(flags, dtype, tmp_path, monkeypatch):
-    if flags:
+def test_a_cpu_runs_in_bf16_if_its_instructions_have_it(flags, has_bf16, tmp_path):
+    if flags:  # else not Linux
         (tmp_path / "cpuinfo").write_text(f"model name\t: CPU\nflags\t\t: {flags}\n")
-    has_bf16 = utils.cpu_has_bf16(tmp_path / "cpuinfo")
-    monkeypatch.setattr(utils, "cpu_has_bf16", lambda: has_bf16)
-    assert utils.select_amp("auto", torch.device("cpu"))[0] is dtype
+    assert utils.cpu_has_bf16(tmp_path / "cpuinfo") == has_bf16
 
 
-def test_a_failed_write_leaves_the_previous_file_whole(tmp_path, monkeypatch):
+MEMINFO = {"proc/meminfo": "MemTotal:  9000 kB\nMemFree:  100 kB\nMemAvailable:    8000 kB\n"}
+
+
+def write_files(root, texts):
+    for name, text in texts.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+
+@pytest.mark.parametrize("limit, used, folder, none", [
+    ("memory.max", "memory.current", "", "max"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory/", "9223372036854771712"),
+])
+def test_free_memory_is_what_the_machine_and_its_container_leave(limit, used, folder, none, tmp_path):
+    assert utils.free_memory(tmp_path) == float("inf")  # not Linux
+    write_files(tmp_path, MEMINFO)
+    files = {limit: none, used: "3000000\n", "memory.stat": "anon 5\ninactive_file 1000000\n"}
+    write_files(tmp_path / "sys/fs/cgroup" / folder, files)
+    assert utils.free_memory(tmp_path) == 8000 * 1024
+    write_files(tmp_path / "sys/fs/cgroup" / folder, {limit: "5000000\n"})
+    assert utils.free_memory(tmp_path) == 3_000_000  # the files that it keeps are given up in need
+
+
+def test_processes_of_one_machine_share_its_cores_and_memory(rank_2_of_4, tmp_path, monkeypatch):
+    write_files(tmp_path, MEMINFO)
+    share, cpus = utils.free_memory(tmp_path), utils.available_cpus()
+    monkeypatch.delenv("MASTER_ADDR")  # the variables that are left are stray ones
+    assert utils.free_memory(tmp_path) == 4 * share == 8000 * 1024
+    assert cpus == max(utils.available_cpus() // 4, 1)
+
+
+def test_a_rename_that_is_refused_for_a_moment_is_tried_again(tmp_path, monkeypatch):
+    """As on Windows, where scanners hold files."""
+    refused = Mock(side_effect=[PermissionError(13, "Permission denied")] * 2 + [None])
+    monkeypatch.setattr(os, "replace", lambda *paths: refused() or Path(paths[0]).rename(paths[1]))
+    utils.write_file(tmp_path / "last.pth", b"new")
+    assert refused.call_count == 3 and (tmp_path / "last.pth").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_previous_file_whole_and_names_it(step, tmp_path, monkeypatch):
     path = tmp_path / "last.pth"
     utils.write_file(path, b"old")
-
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="No space left on device"):
+    monkeypatch.setattr(os, step, Mock(side_effect=PermissionError(13, "Permission denied")))
+    monkeypatch.setattr(utils, "RENAME_SECONDS", 0.0)
+    with pytest.raises(OSError, match="Permission denied.*last.pth"):
         utils.write_file(path, b"new")
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["last.pth"]
-
-
-def test_temporary_names_are_each_process_s_own(tmp_path, monkeypatch):
-    first = utils.temporary_name(tmp_path / "last.pth")
-    monkeypatch.setattr(os, "getpid", lambda: 1)
-    assert first != utils.temporary_name(tmp_path / "last.pth") and first.parent == tmp_path
-
-
-def test_a_locked_folder_is_one_process_s_at_a_time(tmp_path):
-    with utils.locked_dir(tmp_path / "run", "--output_dir"):
-        with pytest.raises(UserError, match="--output_dir .*run: another process is at work there"):
-            with utils.locked_dir(tmp_path / "run", "--output_dir"):
-                pass
-    with utils.locked_dir(tmp_path / "run", "--output_dir"):
-        assert os.listdir(tmp_path / "run") == []
-
-
-def test_an_exclusive_write_replaces_nothing(tmp_path):
-    utils.write_file(tmp_path / "config.json", b"one", exclusive=True)
-    with pytest.raises(UserError, match="another process wrote it first"):
-        utils.write_file(tmp_path / "config.json", b"two", exclusive=True)
-    assert (tmp_path / "config.json").read_bytes() == b"one" and os.listdir(tmp_path) == ["config.json"]
-
-
-def test_new_folders_get_a_number_where_their_name_is_taken(tmp_path):
-    made = [utils.make_new_dir(tmp_path / "runs" / "now").name for _ in range(3)]
-    assert made == ["now", "now-2", "now-3"]
-
-
-def test_a_rank_that_has_not_met_the_others_yet_says_which_it_is(rank_2_of_4, capsys):
-    with pytest.raises(SystemExit), utils.user_errors():
-        raise UserError("there is no such file")
-    assert capsys.readouterr().err.endswith("error: [rank 2] there is no such file\n")
-
-
-def test_processes_of_one_machine_share_its_cores_and_memory(rank_2_of_4, monkeypatch):
-    monkeypatch.setattr(utils, "available_memory", lambda: 12_000)
-    share, cpus = utils.memory_share(), utils.available_cpus()
-    monkeypatch.delenv("MASTER_ADDR")
-    assert utils.memory_share() == 12_000  # the variables that are left are stray ones
-    assert share == 3_000 and cpus == max(utils.available_cpus() // 4, 1)
-
-
-def test_available_memory_is_what_the_machine_its_container_and_a_job_leave(tmp_path):
-    def write(folder, **files):
-        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            (tmp_path / folder / name.replace("_", ".", 1)).write_text(text)
-
-    assert utils.available_memory(tmp_path) == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    write("proc", meminfo="MemTotal:  9000 kB\nMemFree:  100 kB\nMemAvailable:    8000 kB\n")
-    assert utils.available_memory(tmp_path) == 8000 * 1024
-    write("proc/self", cgroup="1:name=systemd:/\n")
-    assert utils.available_memory(tmp_path) == 8000 * 1024
-    used = {"memory_current": "3000000\n", "memory_stat": "anon 5\ninactive_file 1000000\n"}
-    write("sys/fs/cgroup", memory_max="max\n", **used)
-    assert utils.available_memory(tmp_path) == 8000 * 1024
-    write("sys/fs/cgroup", memory_max="5000000\n", **used)
-    assert utils.available_memory(tmp_path) == 3_000_000
-    write("proc/self", cgroup="1:name=systemd:/\n0::/slurm/job_7/task\n")
-    write("sys/fs/cgroup/slurm/job_7/task", memory_max="max\n", **used)
-    assert utils.available_memory(tmp_path) == 3_000_000
-    write("sys/fs/cgroup/slurm/job_7", memory_max="4000000\n", **used)
-    assert utils.available_memory(tmp_path) == 2_000_000
-
-
-def test_stopping_works_outside_the_main_thread(capsys):
-    statuses = []
-
-    def work():
-        try:
-            with utils.stoppable():
-                raise KeyboardInterrupt
-        except SystemExit as end:
-            statuses.append(end.code)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert statuses == [130] and "stopped by SIGINT; nothing was finished" in capsys.readouterr().err
 
 
 def test_csv_keeps_six_digits_and_leaves_nan_empty(tmp_path):
@@ -230,27 +186,30 @@ def test_csv_keeps_six_digits_and_leaves_nan_empty(tmp_path):
     assert (tmp_path / "a.csv").read_text() == "class,dice,iou,pixels\ntraffic light,0.123457,,12345678\n"
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="--output .*file"):
-        utils.make_dir(tmp_path / "file" / "below", "--output")
-
-
-NAMES = [f"class {i}" for i in range(19)] + ["$_$"]  # no formula
-COLORS = np.random.default_rng(0).integers(256, size=(20, 3), dtype=np.uint8)
-
-
-def test_curves_are_drawn_and_say_at_which_size_they_were_scored(tmp_path):
+def test_the_legend_of_the_curves_covers_none_and_says_at_which_size_they_were_scored():
+    from matplotlib.figure import Figure
     row = {"epoch": 1, "train_loss": 2.0, "val_loss": 2.5, "train_dice": 0.5, "val_dice": 0.4}
-    figure = utils.plot_curves([row], 128)
-    utils.save_figure(tmp_path / "curves.png", figure)
-    legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert legend == ["train, at 128x128", "validation, at the composites' size"]
-    assert np.asarray(Image.open(tmp_path / "curves.png")).std() > 5  # not an empty canvas
+    figure = Figure(layout="constrained")
+    utils.draw_curves(figure, [row], 128)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert legend.get_texts()[0].get_text() == "train, at 128x128"
+    for axes in figure.axes:
+        assert not axes.get_legend() and not axes.get_tightbbox().overlaps(legend.get_window_extent())
 
 
-def test_predictions_are_drawn_for_labels_of_other_sizes_than_photos(tmp_path):
+def draw_in_a_notebook(path):
+    """Body of a child process: predictions.png, of labels of another size than photos."""
+    os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # which is not installed
+    names, palette = [f"class {i}" for i in range(19)] + ["$_$"], np.arange(60, dtype=np.uint8).reshape(20, 3)
     label = np.arange(20, dtype=np.uint8).reshape(4, 5)
-    sample = (np.zeros((8, 10, 3), np.uint8), label, label)
-    utils.save_figure(tmp_path / "predictions.png", utils.plot_predictions([sample, sample], NAMES, COLORS))
-    assert np.asarray(Image.open(tmp_path / "predictions.png")).std() > 5
+    samples = [(np.zeros((8, 10, 3), np.uint8), label, label)] * 2
+    utils.write_picture(path, lambda figure: utils.draw_predictions(figure, samples, names, palette))
+
+
+def test_pictures_are_drawn_whatever_backend_a_notebook_exports(tmp_path):
+    process = FORKSERVER.Process(target=draw_in_a_notebook, args=(tmp_path / "predictions.png",))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    assert np.asarray(Image.open(tmp_path / "predictions.png")).std() > 5  # not an empty canvas
