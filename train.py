@@ -138,9 +138,9 @@ def parse_args(argv: Sequence[str] | None) -> tuple[Namespace, dict | None]:
         settings = checkpoint["config"].get("settings", {"encoder_weights": f"those of {path}"})
         remembered = {name: settings[name] for name in settings.keys() & defaults.keys() - NOT_REMEMBERED}
         remembered["num_classes"] = len(checkpoint["model"]["out.weight"])
-        if given.get("encoder_weights") not in (None, remembered["encoder_weights"]):
+        if given.get("encoder_weights") not in (None, remembered.get("encoder_weights")):
             raise UserError(f"--encoder_weights {given['encoder_weights']}: {path} holds its encoder, begun "
-                            f"with {remembered['encoder_weights']}; leave the flag out")
+                            f"with {remembered.get('encoder_weights')}; leave the flag out")
     demo = DEMO_RECIPE if given.get("data_dir") == DEMO_DIR else {}
     args = Namespace(**defaults | demo | remembered | given, auto=parsed["resume"] == "auto")
     args.data_dir = Path(args.data_dir)
