@@ -115,7 +115,6 @@ class EfficientSegNet(nn.Module):
         self.decoder2 = SegNetDecoder(40, 24)
         self.decoder1 = SegNetDecoder(24, 24)
         self.out = nn.Conv2d(24, n_classes, kernel_size=1)
-
         self.finetune_encoder = finetune_encoder
         for parameter in self.encoder_parameters():
             parameter.requires_grad_(finetune_encoder)
@@ -214,10 +213,9 @@ def load_checkpoint(path: str | Path) -> dict:
     WeightsError: no such file, damaged, no checkpoint, or more in it than tensors and plain types.
     """
     content = read_tensors(path)
-    names = [name for name in ("model", "state_dict", "model_state_dict")
-             if isinstance(content.get(name), dict)]
-    checkpoint = content if names else {"model": content}
-    checkpoint["model"] = clean_state_dict(checkpoint[names[0]] if names else content)
+    names = [key for key in ("model", "state_dict", "model_state_dict") if isinstance(content.get(key), dict)]
+    checkpoint = content if names else {}
+    checkpoint["model"] = clean_state_dict(content[names[0]] if names else dict(content))
     if not isinstance(checkpoint.get("config"), dict):
         checkpoint["config"] = {}
     out = checkpoint["model"].get("out.weight")
@@ -265,8 +263,7 @@ def read_tensors(path: str | Path) -> dict:
                            "pass an undamaged file that torch.save made of tensors and plain types, or "
                            "update torch") from error
     if not isinstance(content, dict):
-        raise WeightsError(f"{path} holds a {type(content).__name__}, not a dict of tensors; "
-                           "pass a state_dict or checkpoint")
+        raise WeightsError(f"{path} holds a {type(content).__name__}; pass a state_dict or checkpoint")
     return content
 
 

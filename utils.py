@@ -209,7 +209,7 @@ def select_device(name: str) -> torch.device:
     there = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
     kind, _, number = (next(filter(there.get, there)) if name == "auto" else name).partition(":")
     if not there.get(kind):
-        reason = NO_CUDA if kind == "cuda" and not HAS_CUDA else f"torch {torch.__version__} finds none here"
+        reason = NO_CUDA if kind == "cuda" and not HAS_CUDA else "no such GPU is found; install its driver"
         raise UserError(f"--device {name}: {reason}, or pass --device cpu")
     if kind != "cuda":
         return torch.device(kind)

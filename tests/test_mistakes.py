@@ -615,12 +615,12 @@ def unbeatable(run):
 
 
 @pytest.mark.parametrize("moved", [False, True])
-def test_an_old_best_that_no_epoch_beats_stays(moved, unbeatable, run, tiny, tmp_path, capsys):
+def test_an_old_best_that_no_epoch_beats_stays(moved, unbeatable, tiny, capsys):
     """Data that only moved are the same."""
-    before = (run / "best.pth").read_bytes()
-    shutil.copytree(tiny, tmp_path / "moved")
-    resume(unbeatable, *(["--data_dir", tmp_path / "moved"] if moved else []))
-    assert (run / "best.pth").read_bytes() == before and load(unbeatable)["epoch"] == 2
+    before = unbeatable.with_name("best.pth").read_bytes()
+    shutil.copytree(tiny, "moved")
+    resume(unbeatable, *(["--data_dir", "moved"] if moved else []))
+    assert unbeatable.with_name("best.pth").read_bytes() == before and load(unbeatable)["epoch"] == 2
     assert "sought anew" not in capsys.readouterr().out
 
 

@@ -149,11 +149,11 @@ def test_kept_features_and_encoding_in_every_step_give_the_same_figures(scenes, 
             assert float(kept[name]) == pytest.approx(float(fresh[name]), abs=0.01), name
 
 
-@pytest.mark.parametrize("free, words", [(10_000, "read in every step, for they do not fit into memory"),
-                                         (1_000_000, "kept in host memory")])
-def test_memory_is_taken_where_it_is_and_a_line_says_so(scenes, tmp_path, capsys, monkeypatch, free, words):
-    monkeypatch.setattr(utils, "free_memory", lambda: free)  # features and labels take 0.69 MB in bf16
+@pytest.mark.parametrize("free", [10_000, 1_000_000])  # features and labels take 0.69 MB in bf16
+def test_memory_is_taken_where_it_is_and_a_line_says_so(scenes, tmp_path, capsys, monkeypatch, free):
+    monkeypatch.setattr(utils, "free_memory", lambda: free)
     train.main(arguments(scenes, tmp_path / "run", "--num_epochs", 1, "--num_workers", 0, "--amp", "bf16"))
+    words = "kept in host memory" if free > 10**5 else "read in every step, for they do not fit into memory"
     assert words in capsys.readouterr().out
 
 
