@@ -2,6 +2,7 @@
 
 The recipe is main() and what it calls, from the end of this file upwards. RUN_FILES names what a run leaves.
 """
+import contextlib
 import copy
 import math
 import os
@@ -617,7 +618,8 @@ def save_epoch(trainer: Trainer, folder: Path, config: dict, is_best: bool) -> N
     state = trainer.state_dict()
     if is_best:
         for name in REPORT_FILES:  # what an earlier end of this run said of another best.pth
-            (folder / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # of a table that is open in Excel, say
+                (folder / name).unlink()
         utils.write_checkpoint(folder / "best.pth", {"model": state["model"] | state["average"],
                                                      "best": trainer.best, "config": config})
     utils.write_checkpoint(folder / "last.pth", state | {"config": config})
@@ -658,7 +660,7 @@ def find_best(trainer: Trainer, config: dict, own_folder: Path, folder: Path) ->
     trainer.runtime.log("Resume      the best epoch is sought anew: best.pth is missing or of another run, "
                         "or what scores are measured on has changed")
     if n_done >= config["settings"]["num_epochs"]:
-        raise UserError(f"its {counted(n_done, 'epoch')} are done, none can be best; pass more --num_epochs")
+        raise UserError(f"{own_folder}: {counted(n_done, 'epoch')} done, none best; pass more --num_epochs")
 
 
 def report_best(trainer: Trainer, val: Split, folder: Path, config: dict) -> None:
