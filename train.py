@@ -784,7 +784,7 @@ def start_folder(trainer: Trainer, config: dict, args: Namespace) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; SystemExit with status 1 and one line on stderr for what a user can put right."""
-    with utils.one_line_errors("nothing was finished, so start again"):
+    with utils.one_line_errors("nothing is lost: start again with the same command"):
         args, checkpoint = parse_args(argv)
         runtime = Runtime.start(args.device, args.amp)
         runtime.log(f"Device      {runtime}")
