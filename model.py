@@ -91,10 +91,8 @@ class EfficientSegNet(nn.Module):
     `train()` says: its batch-norm statistics never move, it takes no gradient and keeps no graph.
 
     Args:
-        n_classes: channels of the output.
         encoder_weights: "imagenet" (torchvision's IMAGENET1K_V1, downloaded once), "none" (random) or the
-            path of a torchvision efficientnet_b0 state_dict, with or without its classifier; None where a
-            state_dict is loaded next.
+            path of a torchvision efficientnet_b0 state_dict; None where a state_dict is loaded next.
         finetune_encoder: train the encoder too, its batch norms as the decoders' are.
     Raises:
         WeightsError: the download failed, or the file is not an efficientnet_b0 state_dict.

@@ -30,8 +30,8 @@ NAMED_CLASSES, SCORES = 3, "dice {dice:.4f}, mean_iou {mean_iou:.4f}"  # in the 
 class Segmenter:
     """A checkpoint, loaded once, that turns photos into class ids.
 
-    The network sees a photo as it saw those of the training: squeezed to a square of the checkpoint's image
-    size. Its logits are stretched to the photo's size before the best class is taken, so outlines are smooth.
+    The network sees a photo as in training, squeezed to a square of the checkpoint's image size; its logits
+    are stretched to the photo's size before the best class is taken, so outlines are smooth.
 
     Args:
         checkpoint: path of a best.pth, last.pth or a bare state_dict of EfficientSegNet.
@@ -107,8 +107,7 @@ def get_args_parser() -> utils.ArgumentParser:
         help="a .png file for one photo, else a folder that gets NAME.png for each (%(default)s); only files "
              "that predict.py wrote are replaced")
     add("--overlay", action="store_true", help="also save NAME_overlay.png, the mask over the photo")
-    add("--composite", action="store_true",
-        help="the files are composites: segment the left half and score it against the right half")
+    add("--composite", action="store_true", help="of composites: score the left half against the right one")
     add("--flip", action="store_true", help="average with the mirrored photo, in twice the time")
     add("--device", type=utils.device_name, default="auto", metavar="auto|cpu|cuda|cuda:N|mps",
         help="auto (if left out) prefers a GPU")
@@ -119,11 +118,11 @@ def get_args_parser() -> utils.ArgumentParser:
 
 def newest_checkpoint() -> Path:
     """The newest runs/*/best.pth, named in a line; UserError if there is none."""
-    found = sorted(Path("runs").glob("*/best.pth"), key=os.path.getmtime)
-    if not found:
+    newest = max(Path("runs").glob("*/best.pth"), key=os.path.getmtime, default=None)
+    if not newest:
         raise UserError("there is no runs/*/best.pth; pass --checkpoint FILE, or run python train.py --demo")
-    utils.say(f"Checkpoint  {found[-1]}, the newest")
-    return found[-1]
+    utils.say(f"Checkpoint  {newest}, the newest")
+    return newest
 
 
 def find_photos(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
@@ -170,11 +169,6 @@ def plan_masks(photos: Sequence[tuple[Path, Path]], output: Path) -> list[Path]:
     return [output]
 
 
-def overlay_of(mask: Path) -> Path:
-    """The file of the overlay that belongs to a mask."""
-    return mask.with_name(f"{mask.stem}_overlay.png")
-
-
 def check_outputs(outputs: Iterable[Path]) -> None:
     """UserError if two outputs are one file, or one would replace what predict.py did not write."""
     seen = {}
@@ -211,8 +205,7 @@ def draw_overlay(photo: Image.Image, predictions: np.ndarray, names: Sequence[st
     """
     blended = Image.blend(photo, Image.fromarray(palette[predictions]), alpha=0.55)
     W, H = blended.size
-    present = np.unique(predictions)
-    font = ImageFont.load_default(size=max(11, min(W, 1600) // 45))
+    present, font = np.unique(predictions), ImageFont.load_default(size=max(11, min(W, 1600) // 45))
     line = round(font.size * 1.6)
     column = max(font.getlength(names[i]) for i in present) + 2 * line
     n_columns = max(1, int(W // column))
@@ -222,8 +215,8 @@ def draw_overlay(photo: Image.Image, predictions: np.ndarray, names: Sequence[st
     draw = ImageDraw.Draw(canvas)
     for place, i in enumerate(present):
         x, y = place % n_columns * column + line // 4, H + line // 4 + place // n_columns * line
-        fill = tuple(palette[i].tolist())
-        draw.rectangle((x, y + line * 0.15, x + line * 0.8, y + line * 0.85), fill=fill, outline="gray")
+        draw.rectangle((x, y + line * 0.15, x + line * 0.8, y + line * 0.85), fill=tuple(palette[i].tolist()),
+                       outline="gray")
         draw.text((x + line * 1.1, y + line * 0.5), names[i], fill="black", font=font, anchor="lm")
     return canvas
 
@@ -236,17 +229,11 @@ def write_own(path: Path, image: Image.Image) -> None:
     utils.write_file(path, buffer.getbuffer())
 
 
-def describe(predictions: np.ndarray, names: Sequence[str]) -> str:
-    """The largest classes of a mask."""
-    shares = np.bincount(predictions.flat, minlength=len(names)) / predictions.size
-    largest = [i for i in np.argsort(-shares)[:NAMED_CLASSES] if shares[i] > 0]
-    return ", ".join(f"{names[i]} {shares[i]:.1%}" for i in largest) + " of the mask"
-
-
-def segment_all(segmenter: Segmenter, photos: Sequence[Path], masks: Sequence[Path], overlay: bool,
-                composite: bool) -> None:
-    """Write each photo's mask, and its overlay if asked, with a line each; UserError for what was skipped."""
+def segment_all(segmenter: Segmenter, photos: Sequence[Path], masks: Sequence[Path],
+                overlays: dict[Path, Path], composite: bool) -> None:
+    """Write each photo's mask, and the overlay of that, with a line each; UserError for what was skipped."""
     total, problems, started = segmenter.make_scores(), [], time.monotonic()
+    names = segmenter.class_names
     read = partial(read_sample, composite=composite, n_classes=segmenter.n_classes)
     n_cores = utils.available_cpus()
     samples = dataset.in_threads(read, photos, n_cores, n_ahead=n_cores)
@@ -261,14 +248,16 @@ def segment_all(segmenter: Segmenter, photos: Sequence[Path], masks: Sequence[Pa
         mask = Image.fromarray(predictions)
         mask.putpalette(segmenter.palette.tobytes())
         write_own(mask_path, mask)
-        if overlay:
+        if mask_path in overlays:
             try:
-                picture = draw_overlay(photo, predictions, segmenter.class_names, segmenter.palette)
-                write_own(overlay_of(mask_path), picture)
+                picture = draw_overlay(photo, predictions, names, segmenter.palette)
+                write_own(overlays[mask_path], picture)
             except Exception as error:  # a picture ends no run
                 problems.append(f"{path}: no overlay ({utils.first_line(error)})")
                 utils.say(problems[-1])
-        line = describe(predictions, segmenter.class_names)
+        shares = np.bincount(predictions.flat, minlength=len(names)) / predictions.size
+        largest = [i for i in np.argsort(-shares)[:NAMED_CLASSES] if shares[i] > 0]
+        line = ", ".join(f"{names[i]} {shares[i]:.1%}" for i in largest) + " of the mask"
         if composite:
             scores = segmenter.make_scores()
             scores.update(torch.from_numpy(predictions), torch.from_numpy(label))
@@ -277,12 +266,10 @@ def segment_all(segmenter: Segmenter, photos: Sequence[Path], masks: Sequence[Pa
         utils.say(f"{path} -> {mask_path}: {line}")
     if composite and total.confusion.any():
         utils.say(f"All composites together: {SCORES.format(**total.compute())}")
-    if len(photos) > 1:
-        rate = len(photos) / (time.monotonic() - started)
-        utils.say(f"{len(photos)} photos, {rate:.1f} a second, {counted(len(problems), 'problem')}")
+    rate = len(photos) / (time.monotonic() - started)
+    utils.say(f"{counted(len(photos), 'photo')}, {rate:.1f} a second, {counted(len(problems), 'problem')}")
     if problems:
-        more = f" (and {len(problems) - 1} more, named above)" if problems[1:] else ""
-        raise UserError(problems[0] + more)
+        raise UserError(problems[0] + f" (and {len(problems) - 1} more, named above)" * (len(problems) > 1))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -291,15 +278,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         args = get_args_parser().parse_args(argv)
         found = find_photos(args.photos)
         photos, masks = [photo for photo, _ in found], plan_masks(found, args.output)
-        check_outputs(masks + ([overlay_of(mask) for mask in masks] if args.overlay else []))
+        overlays = {mask: mask.with_name(f"{mask.stem}_overlay.png") for mask in masks if args.overlay}
+        check_outputs([*masks, *overlays.values()])
         checkpoint = args.checkpoint or newest_checkpoint()
         segmenter = Segmenter(checkpoint, args.device, image_size=args.image_size, flip=args.flip)
         if args.composite:
             dataset.check_classes(segmenter.class_names, segmenter.palette.tolist(), checkpoint)
         if not segmenter.config:
-            utils.say(f"Checkpoint  {checkpoint} holds weights alone: taking the first {segmenter.n_classes} "
-                      f"classes of dataset.py and --image_size {segmenter.image_size}")
-        segment_all(segmenter, photos, masks, args.overlay, args.composite)
+            utils.say(f"Checkpoint  {checkpoint} holds weights alone: taking the classes of dataset.py and "
+                      f"--image_size {segmenter.image_size}")
+        segment_all(segmenter, photos, masks, overlays, args.composite)
 
 
 if __name__ == "__main__":
