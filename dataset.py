@@ -359,11 +359,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def in_threads(function: Callable, items: Iterable, n_threads: int, n_ahead: int) -> Iterator:
     """function(item) of each item in order, computed by threads so many items ahead of the one taken."""
-    if not n_threads:
-        yield from map(function, items)
-        return
     pending = deque()
-    with ThreadPoolExecutor(n_threads) as pool:
+    with ThreadPoolExecutor(max(n_threads, 1)) as pool:
         try:
             for item in items:
                 pending.append(pool.submit(function, item))
@@ -382,11 +379,9 @@ def read_composite(path: str | Path, image_size: int | None = 256, *,
                    resize_label: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """One composite, photo left and colour-coded label right, h pixels high.
 
-    Returns:
-        image uint8 (S, S, 3), resized with bilinear filtering; label uint8 (S, S), ids in CLASSES, resized
-        with nearest, or (h, h) as it is. S is image_size, or h for None.
-    Raises:
-        DatasetError: unreadable, not twice as wide as high, halves swapped, or a right half that is no label.
+    Returns image uint8 (S, S, 3), resized bilinearly, and label uint8 (S, S), ids in CLASSES, resized with
+    nearest, or (h, h) as it is; S is image_size, or h for None. DatasetError: unreadable, not twice as wide
+    as high, halves swapped, or a right half that is no label.
     """
     composite = read_image(path)
     width, height = composite.size

@@ -203,8 +203,7 @@ class SegmentationMetrics:
     def per_class(self) -> dict[str, Tensor]:
         """Figures per class, each float64 (n_classes,) on the CPU; NaN where it has no pixel to judge by.
 
-        dice and accuracy count every pixel; iou leaves out pixels whose truth is background, and has no
-        background, unless that is scored.
+        dice and accuracy count every pixel; iou leaves out those of background, unless that is scored.
         """
         confusion = self.counted()
         hits, truth, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)

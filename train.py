@@ -70,16 +70,14 @@ def get_args_parser() -> utils.ArgumentParser:
     add("--demo", action="store_const", dest="data_dir", const=DEMO_DIR,
         help=f"the scenes in images/demo; where no flag says otherwise {DEMO_RECIPE}")
     add = recipe.add_argument
-    add("--num_epochs", type=utils.whole_number(1, 10**6), default=30, metavar="N",
-        help="passes over train/ (%(default)s)")
-    add("--batch_size", type=utils.whole_number(1), default=4, metavar="N",
-        help="images a step in each process (%(default)s)")
-    add("--learning_rate", type=utils.positive_float, default=3e-3, metavar="RATE",
+    whole, n_classes = utils.whole_number, len(dataset.CLASSES)
+    add("--num_epochs", type=whole(1, 10**6), default=30, help="passes over train/ (%(default)s)")
+    add("--batch_size", type=whole(1), default=4, help="images a step in each process (%(default)s)")
+    add("--learning_rate", type=utils.positive_float, default=3e-3,
         help=f"AdamW's, reached after {WARMUP:.0%}% of the steps and then kept (%(default)s)")
-    n_classes = len(dataset.CLASSES)
-    add("--num_classes", type=utils.whole_number(2, n_classes), default=n_classes, metavar="N",
+    add("--num_classes", type=whole(2, n_classes), default=n_classes,
         help="ids in the labels are below this (%(default)s)")
-    add("--image_size", type=utils.whole_number(64, 8192, multiple=32), default=256, metavar="PIXELS",
+    add("--image_size", type=whole(64, 8192, multiple=32), default=256, metavar="PIXELS",
         help="side of the square that photos are resized to, a multiple of 32 (%(default)s)")
     add("--finetune_encoder", action="store_true",
         help=f"train the encoder too, at {ENCODER_LEARNING_RATE} of the learning rate, in every step")
@@ -92,8 +90,7 @@ def get_args_parser() -> utils.ArgumentParser:
         help="figure by which best.pth is chosen (%(default)s)")
     add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto",
         help="mixed precision; auto takes what the device is fast at (%(default)s)")
-    add("--seed", type=utils.whole_number(0, 2**63 - 1), default=0, metavar="N",
-        help="of weights, shuffle and augmentation (%(default)s)")
+    add("--seed", type=whole(0, 2**63 - 1), default=0, help="of weights, shuffle, augmentation (%(default)s)")
     add("--no_cache", action="store_true",
         help="keep nothing in memory: read and encode in every step; chosen by itself if memory is short")
     run = parser.add_argument_group("run")
@@ -106,7 +103,7 @@ def get_args_parser() -> utils.ArgumentParser:
     add = run.add_argument
     add("--flip", action="store_true", help="with --evaluate: average with the mirrored photo")
     add("--output_dir", type=utils.file_path, metavar="FOLDER", help="new, runs/<date-time> if left out")
-    add("--num_workers", type=utils.whole_number(0, 512), default=min(utils.available_cpus(), 8), metavar="N",
+    add("--num_workers", type=whole(0, 512), default=min(utils.available_cpus(), 8), metavar="N",
         help="threads that read composites, at the start and, with --no_cache, in every step (%(default)s)")
     add("--device", type=utils.device_name, default="auto", metavar="auto|cpu|cuda|cuda:N|mps",
         help="auto prefers a GPU (%(default)s)")
@@ -240,11 +237,8 @@ def progress(what: str, total: int, runtime: Runtime) -> tqdm:
 
 
 def learning_rate_factor(done: float) -> float:
-    """The share of --learning_rate in a step, from the share of all steps done with it, 0..1.
-
-    It stays where it is once it has risen: what is scored is an average of weights, and needs no low rate at
-    the end to settle (after Izmailov et al., 2018, arXiv:1803.05407).
-    """
+    """The share of --learning_rate in a step, from the share of all steps done with it, 0..1."""
+    # Averaged weights need no low rate in the end to settle (after Izmailov et al., 2018, arXiv:1803.05407).
     return min(done / WARMUP, 1.0)
 
 
@@ -263,19 +257,14 @@ def compute_logits(network: nn.Module, inputs: Sequence[Tensor], runtime: Runtim
 
 
 class Trainer:
-    """A network and all that its training changes: optimizer, loss scaler, schedule, averages, history, best.
+    """A network, the same on every rank, and all that its training changes.
 
     Attributes:
         average: what is scored and used: weights and batch-norm statistics, by name, averaged over the last
             AVERAGED of the steps so far (after Shamir and Zhang, 2013, arXiv:1212.1824).
         history: a dict an epoch, the rows of history.csv.
         best: epoch, figure and the counts of SegmentationMetrics of the best epoch so far.
-
-    Args:
-        network: on the runtime's device, with its weights; the same on every rank.
-        scores: the training figures, still 0, which say what counts.
-        learning_rate: the decoders', once warm.
-        n_steps: of the whole run.
+        scores: the training figures, which say what counts.
     """
 
     def __init__(self, network: models.EfficientSegNet, scores: metrics.SegmentationMetrics,
@@ -398,8 +387,7 @@ class Trainer:
 class CudaGraph:
     """A function of tensors whose shapes never change, replayed as one CUDA graph after its first calls.
 
-    What it changes elsewhere (weights, optimizer state, figures) it changes in place. Where it cannot be
-    captured it is called as it is, and a line says so.
+    It changes weights, optimizer state and figures in place. Where it cannot be captured a line says so.
     """
 
     def __init__(self, function: Callable[..., None], runtime: Runtime) -> None:
@@ -605,9 +593,8 @@ def check_folder(args: Namespace) -> None:
     if present == ["config.json"] and b'"measured_on"' in (folder / "config.json").read_bytes():
         return  # of a run that ended before its first epoch did
     if present:
-        remedy = f', or go on with it: --resume "{folder / "last.pth"}"' if "last.pth" in present else ""
-        raise UserError(f"--output_dir {folder} holds {present[-1]} of another run; choose another "
-                        f"folder{remedy}")
+        raise UserError(f"--output_dir {folder} holds {present[-1]} of another run; choose another one, or "
+                        "go on with a last.pth there by --resume")
 
 
 def save_epoch(trainer: Trainer, folder: Path, config: dict, is_best: bool) -> None:

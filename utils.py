@@ -227,12 +227,8 @@ def select_device(name: str) -> torch.device:
 
 
 def check_gpu_architecture(name: str, capability: tuple[int, int], architectures: Sequence[str]) -> None:
-    """UserError if this torch build has no kernels for a GPU of this compute capability, such as (6, 1).
-
-    Machine code for sm_XY runs on capabilities X.Z with Z >= Y; PTX for compute_XY on every later one too.
-    The build's `architectures` are as torch.cuda.get_arch_list() gives them, such as ["sm_75", "compute_90"].
-    """
-    major, minor = capability
+    """UserError if a build for `architectures`, such as ["sm_75", "compute_90"], has no kernels for a GPU."""
+    major, minor = capability  # sm_XY runs on X.Z with Z >= Y; PTX for compute_XY on every later one too
     for architecture in architectures:
         kind, _, version = architecture.rstrip("abcdef").rpartition("_")
         built = divmod(int(version), 10)
@@ -319,9 +315,9 @@ class Runtime:
 
 
 def write_file(path: str | Path, content: bytes | memoryview) -> None:
-    """Write a file so that it is whole at every moment: under a temporary name beside it, then renamed.
+    """Write a file under a temporary name and rename it: it, or what was there, is whole at every moment.
 
-    Folders that are missing are made. OSError if it fails; what was there before is whole then.
+    Folders that are missing are made. OSError if it fails.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
