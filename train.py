@@ -593,8 +593,8 @@ def check_folder(args: Namespace) -> None:
     if present == ["config.json"] and b'"measured_on"' in (folder / "config.json").read_bytes():
         return  # of a run that ended before its first epoch did
     if present:
-        raise UserError(f"--output_dir {folder} holds {present[-1]} of another run; choose another one, or "
-                        "go on with a last.pth there by --resume")
+        raise UserError(f"--output_dir {folder} holds {present[-1]} of another run; choose another folder, "
+                        "or go on with a last.pth there by --resume")
 
 
 def save_epoch(trainer: Trainer, folder: Path, config: dict, is_best: bool) -> None:
