@@ -603,7 +603,7 @@ def pair_folders(photo_dir: Path, label_dir: Path, val: float, seed: int) -> lis
                   if not stem.name[end : end + 1].isalnum())
         owner = next((one for one in owners if one in photos), None)
         if owner in pairs:
-            raise DatasetError(f"{photos[owner]} has two labels, {pairs[owner]} and {label}; remove one")
+            raise DatasetError(f"{photos[owner]} has two labels, {pairs[owner]} and {label}; leave one out")
         if owner:
             pairs[owner] = label
         else:
