@@ -1,8 +1,4 @@
-"""Composites on disk to batches on the device: class table, label decoder, photos, splits, augmentation.
-
-A composite is one picture twice as wide as high, the photo on its left, the colour-coded label on its right.
-Run as a program, this file makes composites of photos and labels: python dataset.py --help
-"""
+"""Composites, photo left and colour-coded label right, to batches on the device; as a program, makes them."""
 import argparse
 import contextlib
 import functools
@@ -15,13 +11,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import BatchSampler
 from tqdm.auto import tqdm
@@ -39,11 +34,10 @@ class DatasetError(UserError):
 
 # --- Labels -------------------------------------------------------------------------------------------------
 
-
 class SegmentationClass(NamedTuple):
     name: str
     color: tuple[int, int, int]
-    further: dict[str, tuple] = MappingProxyType({})  # what counts as this class too, with its colours
+    further: dict[str, tuple] = {}  # what counts as this class too, with its colours
     thin: bool = False  # mostly too thin to hold a pixel of its pure colour
 
 
@@ -84,7 +78,16 @@ class LabelDecoder:
     def __init__(self, classes: Sequence[SegmentationClass]) -> None:
         table = [(entry.name, entry.color, i, entry.thin) for i, entry in enumerate(classes)]
         table += [(*item, i, False) for i, entry in enumerate(classes) for item in entry.further.items()]
-        check_table(table, len(classes))
+        if not 2 <= len(classes) <= 60 or len(table) > 255:
+            raise DatasetError(f"dataset.py: {len(classes)} CLASSES with {len(table)} colours; give 2 to 60 "
+                               "classes and 255 colours at most")
+        seen = {}
+        for name, color, *_ in table:
+            if len(color) != 3 or any(level not in range(256) for level in color):
+                raise DatasetError(f"dataset.py: {name!r} has the colour {color}; give three of 0 to 255")
+            if tuple(color) in seen:
+                raise DatasetError(f"dataset.py: {seen[tuple(color)]!r} and {name!r} have the same colour")
+            seen[tuple(color)] = name
         _, colors, ids, thin = zip(*table)
         self.n_classes = len(classes)
         self.colors = np.array(colors, dtype=np.uint8)  # (K, 3), further ones last
@@ -92,19 +95,14 @@ class LabelDecoder:
         self.features = to_features(self.colors)
         self.standalone = (self.ids > 0) & (distance_to_mixtures(self.features) > STANDALONE_DISTANCE)
         self.no_color = len(table)  # stands for "no colour" where an index into colors is expected
-        self.table = self.sure_table()
-
-    def sure_table(self) -> np.ndarray:
-        """For each RGB value the colour within SURE_DISTANCE, or no_color; uint8 (256, 256, 256)."""
-        table = np.full((256, 256, 256), self.no_color, dtype=np.uint8)
-        nearest = np.full(table.shape, SURE_DISTANCE**2, dtype=np.uint8)  # squared distance
+        self.table = np.full((256, 256, 256), self.no_color, dtype=np.uint8)  # a sure colour for each RGB
+        nearest = np.full(self.table.shape, SURE_DISTANCE**2, dtype=np.uint8)  # its squared distance
         for index, color in enumerate(self.colors.astype(int)):
             cube = np.ix_(*(abs(np.arange(256) - level) <= SURE_DISTANCE for level in color))
             squared = sum((levels - level) ** 2 for levels, level in zip(cube, color))
             closer = squared < nearest[cube]
-            table[cube] = np.where(closer, index, table[cube])
+            self.table[cube] = np.where(closer, index, self.table[cube])
             nearest[cube] = np.where(closer, squared, nearest[cube])
-        return table
 
     def match(self, rgb: np.ndarray) -> np.ndarray:
         """Index of the colour that each pixel of uint8 (H, W, 3) surely has, or no_color; uint8 (H, W)."""
@@ -171,8 +169,8 @@ class LabelDecoder:
     def problem(self, rgb: np.ndarray, step: int | None = None, flat: tuple[int, int] = FLAT) -> str | None:
         """Why uint8 (H, W, 3) is no label in this table's colours, as the end of a message, or None.
 
-        Of pixels `step` apart; if left out 256 in a column, as an enlarged label has wide edges. A strange
-        colour is found where it fills `flat` places, of this size and spread.
+        Of pixels `step` apart; if left out 256 in a column, as an enlarged label has wide edges. Foreign
+        colours are found in `flat` places, of this size and spread.
         """
         step = step or max(1, len(rgb) // 256)
         rgb = rgb[::step, ::step]
@@ -183,19 +181,16 @@ class LabelDecoder:
             colors, counts = np.unique(strange, axis=0, return_counts=True)
             named = colors[counts.argmax()]
             share = np.mean((color == self.no_color) & (abs(rgb - named) <= SURE_DISTANCE).all(axis=2))
-            return (f"{share:.1%} of its label are rgb{tuple(named.tolist())}, no colour of the class table; "
-                    "add it to CLASSES in dataset.py, as a class or to the further colours of one")
+            return (f"{share:.1%} of its label are rgb{tuple(named.tolist())}, which CLASSES in dataset.py "
+                    "lacks; add it, as a class or to the further colours of one")
         if unsure > max((1 - MIN_PALETTE_SHARE) * foreground, 0.05):
-            return (f"its label is not in the colours of the class table: {1 - unsure / foreground:.0%} of "
-                    f"its pixels, background aside, lie near one, expected {MIN_PALETTE_SHARE:.0%} or more; "
-                    "recolour it or leave it out")
+            return ("its label is not in the colours of the class table, which show in "
+                    f"{1 - unsure / foreground:.0%} of it, background aside; recolour it or leave it out")
         return None
 
     def strange_places(self, rgb: np.ndarray, color: np.ndarray, size: int, spread: int) -> np.ndarray:
         """The colours, int (N, 3), of flat places that are far from every colour of the table."""
         far = color == self.no_color
-        if min(far.shape) < size:
-            return np.empty((0, 3), dtype=int)
         for _ in range(size - 1):  # shrink to the corners of the places that are far throughout
             far = far[1:, 1:] & far[:-1, 1:] & far[1:, :-1] & far[:-1, :-1]
         places = sliding_window_view(rgb, (size, size), (0, 1))[far]  # (N, 3, size, size)
@@ -203,23 +198,6 @@ class LabelDecoder:
         middle = places[flat, :, size // 2, size // 2].astype(int)
         squared = ((middle[:, None] - self.colors) ** 2).sum(axis=2)  # (N, K)
         return middle[(squared > STRANGE_DISTANCE**2).all(axis=1)]
-
-
-def check_table(table: Sequence[tuple], n_classes: int) -> None:
-    """Raise DatasetError if a decoder cannot be built from the colours, those of the classes first."""
-    if not 2 <= n_classes <= 60 or len(table) > 255:
-        raise DatasetError(f"dataset.py: {n_classes} CLASSES with {len(table)} colours; give 2 to 60 classes "
-                           "and at most 255 colours in all")
-    seen = {}
-    for name, color, *_ in table:
-        is_triple = isinstance(color, (tuple, list)) and len(color) == 3
-        if not is_triple or any(level not in range(256) for level in color):
-            raise DatasetError(f"dataset.py: {name!r} has the colour {color}; "
-                               "give three whole numbers from 0 to 255")
-        if tuple(color) in seen:
-            raise DatasetError(f"dataset.py: {seen[tuple(color)]!r} and {name!r} have the same colour "
-                               f"{color}; change one")
-        seen[tuple(color)] = name
 
 
 def to_features(rgb: np.ndarray) -> np.ndarray:
@@ -242,15 +220,14 @@ def distance_to_mixtures(points: np.ndarray) -> np.ndarray:
     return np.array(distances)
 
 
-def project_decoder() -> LabelDecoder:
-    """The decoder of this file's table as it is now. DatasetError as in LabelDecoder."""
-    return build_decoder(repr(CLASSES))
-
-
 @functools.lru_cache(maxsize=1)
 def build_decoder(table: str) -> LabelDecoder:
-    """Of CLASSES, anew when what it holds, told by its repr, has changed."""
     return LabelDecoder(CLASSES)
+
+
+def project_decoder() -> LabelDecoder:
+    """The decoder of this file's table as it is now. DatasetError as in LabelDecoder."""
+    return build_decoder(repr(CLASSES))  # anew when what it holds has changed
 
 
 def decode_label(rgb: np.ndarray) -> np.ndarray:
@@ -264,8 +241,8 @@ def check_classes(names: Sequence[str], colors: Sequence, owner: str | Path) -> 
     for index, (name, color) in enumerate(zip(names, colors)):
         there, known = f"{name} {tuple(color)}", here[index] if index < len(here) else "missing"
         if there != known:
-            raise DatasetError(f"{owner}: its class {index} is {there}, in CLASSES of dataset.py it is "
-                               f"{known}; restore CLASSES as it was in training, or train anew")
+            raise DatasetError(f"{owner}: its class {index} is {there}, in dataset.py it is {known}; restore "
+                               "CLASSES as it was in training, or train anew")
 
 
 def colorize(label: np.ndarray) -> np.ndarray:
@@ -282,13 +259,6 @@ GREY = (128, 128, 128)  # what shows where a photo is transparent
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged metadata, which do not matter here
 
 
-def natural_key(path: Path) -> tuple[list, str]:
-    """Sort key that puts 2.jpg before 10.jpg; digits compare as numbers, everything else as text."""
-    parts = re.split(r"(\d+)", str(path))  # text and numbers by turns
-    parts[1::2] = map(int, parts[1::2])
-    return parts, str(path)  # the text settles 01.jpg and 1.jpg
-
-
 def find_images(folder: str | Path) -> tuple[list[Path], list[Path]]:
     """The images in a folder and its subfolders, by their names, and its other files, in natural order.
 
@@ -297,15 +267,14 @@ def find_images(folder: str | Path) -> tuple[list[Path], list[Path]]:
     def fail(error: OSError) -> None:
         raise error  # os.walk would go on without the folder
 
-    images, others = [], []
+    paths = []
     for name, folders, files in os.walk(folder, onerror=fail, followlinks=True):
-        if os.path.realpath(name) in map(os.path.realpath, Path(name).parents):  # a link back
-            folders.clear()
-            continue
-        folders[:] = [one for one in folders if one[0] != "."]
-        for path in (Path(name, file) for file in files if file[0] != "."):
-            (images if path.suffix.lower() in SUFFIXES else others).append(path)
-    return sorted(images, key=natural_key), sorted(others, key=natural_key)
+        linked_back = os.path.realpath(name) in map(os.path.realpath, Path(name).parents)
+        folders[:] = [one for one in folders if one[0] != "." and not linked_back]
+        paths += [Path(name, file) for file in files if file[0] != "." and not linked_back]
+    paths.sort(key=lambda path: (re.sub(r"\d+", lambda number: number[0].zfill(20), str(path)), path))
+    images = [path for path in paths if path.suffix.lower() in SUFFIXES]
+    return images, [path for path in paths if path.suffix.lower() not in SUFFIXES]
 
 
 @contextlib.contextmanager
@@ -314,16 +283,13 @@ def open_image(path: str | Path) -> Iterator[Image.Image]:
     try:
         with Image.open(path, formats=FORMATS) as image:
             yield image
-    except DatasetError as error:
-        raise DatasetError(f"{path}: {error}") from error
     except MemoryError:  # no fault of the file
         raise
     except Exception as error:  # Pillow raises a dozen types on damaged bytes, SyntaxError among them
-        if getattr(error, "errno", None):  # the system's reason, of a file that may be fine
-            raise DatasetError(f"{path} cannot be read ({error.strerror})") from error
-        reason = str(error) or type(error).__name__
-        raise DatasetError(f"{path} cannot be read as an image ({reason}); save it anew or leave it "
-                           "out") from error
+        reason, remedy = str(error) or type(error).__name__, "; save it anew or leave it out"
+        if isinstance(error, DatasetError) or getattr(error, "errno", None):  # the file may be fine
+            reason, remedy = getattr(error, "strerror", reason), ""
+        raise DatasetError(f"{path}: {reason}{remedy}") from error
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -338,42 +304,33 @@ def to_rgb(image: Image.Image) -> Image.Image:
     DatasetError for more than 8 bits a channel, which no rule tells how to shrink.
     """
     if image.mode[0] in "IF" or any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())):
-        raise DatasetError("has more than 8 bits a channel; save it with 8")  # Pillow would drop some
-    image.load()
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # damaged EXIF, of which Pillow makes many an error: the photo is taken as it lies
-        orientation = None
+        raise DatasetError("it has more than 8 bits a channel; save it with 8")  # Pillow would drop some
+    rgb = image.convert("RGB")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
-        rgb = Image.new("RGB", image.size, GREY)
+        rgb.paste(GREY, (0, 0, *rgb.size))
         rgb.paste(rgba, mask=rgba)
-    else:
-        rgb = image.convert("RGB")
+    with contextlib.suppress(Exception):  # damaged EXIF, of which Pillow makes many an error
+        ImageOps.exif_transpose(rgb, in_place=True)
     rgb.info = {}
-    if orientation is None:
-        return rgb
-    rgb.getexif()[ExifTags.Base.Orientation] = orientation
-    return ImageOps.exif_transpose(rgb)
+    return rgb
 
 
 def in_threads(function: Callable, items: Iterable, n_threads: int, n_ahead: int) -> Iterator:
     """function(item) of each item in order, computed by threads so many items ahead of the one taken."""
-    pending = deque()
-    with ThreadPoolExecutor(max(n_threads, 1)) as pool:
-        try:
-            for item in items:
-                pending.append(pool.submit(function, item))
-                if len(pending) > n_ahead:
-                    yield pending.popleft().result()
-            while pending:
+    pending, pool = deque(), ThreadPoolExecutor(max(n_threads, 1))
+    try:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > n_ahead:
                 yield pending.popleft().result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 # --- Composites ---------------------------------------------------------------------------------------------
-
 
 def read_composite(path: str | Path, image_size: int | None = 256, *,
                    resize_label: bool = True) -> tuple[np.ndarray, np.ndarray]:
@@ -386,8 +343,7 @@ def read_composite(path: str | Path, image_size: int | None = 256, *,
     composite = read_image(path)
     width, height = composite.size
     if width != 2 * height:
-        raise DatasetError(f"{path}: {width}x{height} pixels; a composite is twice as wide as high "
-                           "(photo left, label right)")
+        raise DatasetError(f"{path}: {width}x{height} pixels; a composite is twice as wide as high")
     image, label_rgb = composite.crop((0, 0, height, height)), np.asarray(composite)[:, height:]
     decoder = project_decoder()
     if problem := decoder.problem(label_rgb):
@@ -418,27 +374,26 @@ def list_composites(folder: str | Path) -> tuple[list[Path], list[Path]]:
     images, others = find_images(folder) if folder.is_dir() else ([], [])
     if images:
         return images, others
-    problem = "holds no composites" if folder.is_dir() else "is missing"
+    remedy = ("Expected: a folder with train/ and val/, each full of 256x512 composites (photo left, "
+              "colour-coded label right), such as pix2pix's 'cityscapes' archive, on Kaggle "
+              "'cityscapes-image-pairs'. Pass it with --data_dir, or --demo for drawn scenes; python "
+              "dataset.py --help makes composites of your own photos and labels")
     if nested := next(folder.parent.glob(f"*/{folder.name}/"), None):
-        raise DatasetError(f"{folder} {problem}. It lies one folder deeper: pass --data_dir {nested.parent}")
-    raise DatasetError(
-        f"{folder} {problem}. Expected: a folder with train/ and val/, each full of 256x512 composites "
-        "(photo left, colour-coded label right). The data set is published as pix2pix's 'cityscapes' archive "
-        "and on Kaggle as 'cityscapes-image-pairs'. Pass its folder with --data_dir, or --demo to train on "
-        "drawn scenes; python dataset.py --help makes composites of your own photos and labels")
+        remedy = f"It lies one folder deeper: pass --data_dir {nested.parent}"
+    raise DatasetError(f"{folder} {'holds no composites' if folder.is_dir() else 'is missing'}. {remedy}")
 
 
 class Split:
     """A process's share of train/ or val/: composites on disk, and what is kept of them.
 
-    Attributes:
-        inputs: the encoder's five feature maps, each (N, C, h, w), or images, uint8 (N, 3, S, S), in a list,
-            in channels_last; None where nothing is kept.
-        labels: of these, uint8 (N, S, S), or a list of N of (h, w) where sizes differ.
-        has_foreground: whether any label read so far holds more than background.
-
     Photos are resized to squares of image_size S, and labels with them if asked, to train on; else they keep
     their size, to score on. Ids in them are below n_classes.
+
+    Attributes:
+        inputs: a list of the encoder's five feature maps, each (N, C, h, w), or of the images, uint8
+            (N, 3, S, S), in channels_last; None where nothing is kept.
+        labels: N of uint8 (h, w), beside inputs.
+        has_foreground: whether any label read so far holds more than background.
     """
 
     def __init__(self, paths: Sequence[Path], image_size: int, n_classes: int, resize_labels: bool,
@@ -446,7 +401,7 @@ class Split:
         self.paths, self.image_size, self.n_classes = paths, image_size, n_classes
         self.resize_labels, self.n_threads = resize_labels, n_threads
         self.inputs: list[Tensor] | None = None
-        self.labels: Tensor | list[Tensor] | None = None
+        self.labels: list[Tensor] = []
         self.has_foreground = False
 
     def __len__(self) -> int:
@@ -468,75 +423,60 @@ class Split:
         image, label = read_composite(path, self.image_size, resize_label=self.resize_labels)
         highest = int(label.max())
         if highest >= self.n_classes:
-            raise DatasetError(f"{path}: holds class id {highest} ({CLASSES[highest].name}), expected ids "
-                               f"below --num_classes {self.n_classes}; leave it out, in a new run")
-        if highest > 0:
+            raise DatasetError(f"{path}: holds class id {highest} ({CLASSES[highest].name}), not below "
+                               f"--num_classes {self.n_classes}; leave the flag out, in a new run")
+        if highest > 0:  # threads set it, and none takes it back
             self.has_foreground = True
         return image, label
 
-    def load(self, order: Iterable[Sequence[int]]) -> Iterator[tuple[Tensor, Tensor | list[Tensor]]]:
+    def load(self, order: Iterable[Sequence[int]]) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """images uint8 (B, 3, S, S) in channels_last and labels of each batch of indices, from disk."""
         order = list(order)
         n_ahead = self.n_threads + max(map(len, order), default=0)  # a batch, while the network works
         samples = in_threads(self.read, itertools.chain(*order), self.n_threads, n_ahead)
         for indices in order:
             images, labels = zip(*itertools.islice(samples, len(indices)))
-            images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-            yield images, stack([torch.from_numpy(label) for label in labels])
+            yield torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), [*map(torch.from_numpy, labels)]
 
     def keep(self, encode: Callable[[Tensor], list[Tensor]], device: torch.device | None, bar: tqdm) -> None:
         """Read and check all composites; keep what `encode` makes of them on the device, None for nowhere."""
-        kept, labels = [], []
         order = list(BatchSampler(range(len(self)), ENCODE_BATCH, drop_last=False))
-        for indices, (images, some_labels) in zip(order, self.load(order)):
+        for indices, (images, labels) in zip(order, self.load(order)):
             bar.update(len(indices))
-            if not device:
-                continue
-            labels += some_labels
-            encoded = encode(images)
-            kept = kept or [torch.empty((len(self), *one.shape[1:]), dtype=one.dtype, device=device,
-                                        memory_format=torch.channels_last) for one in encoded]
-            for one, part in zip(kept, encoded):
-                one[indices[0] : indices[-1] + 1] = part
-        if device:
-            self.inputs, self.labels = kept, stack(labels)
-            if isinstance(self.labels, Tensor):
-                self.labels = self.labels.to(device)
+            if device:
+                self.labels += move(labels, device)
+                encoded = encode(images)
+                self.inputs = self.inputs or [
+                    torch.empty((len(self), *one.shape[1:]), dtype=one.dtype, device=device,
+                                memory_format=torch.channels_last) for one in encoded]
+                for one, part in zip(self.inputs, encoded):
+                    one[indices[0] : indices[-1] + 1] = part
 
     def batches(self, order: Iterable[Sequence[int]], device: torch.device) -> Iterator[tuple]:
-        """inputs, a list of tensors, and labels of each batch of indices, on the device."""
+        """inputs, a list of tensors, and labels of each batch of indices, on the device.
+
+        The labels are uint8 (B, h, w), or a list of (h, w) where their sizes differ.
+        """
         if self.inputs is None:
-            for images, labels in self.load(order):
-                yield [move(images, device)], move(labels, device)
-            return
-        for indices in order:
-            yield ([move(take(one, indices), device) for one in self.inputs],
-                   move(take(self.labels, indices), device))
+            loaded = (([images], labels) for images, labels in self.load(order))
+        else:  # indexing with a tensor keeps channels_last, index_select does not
+            loaded = (([one[torch.as_tensor(indices, device=one.device)] for one in self.inputs],
+                       [self.labels[index] for index in indices]) for indices in order)
+        for inputs, labels in loaded:
+            if len({label.shape for label in labels}) == 1:
+                yield move(inputs, device), move([torch.stack(labels)], device)[0]
+            else:
+                yield move(inputs, device), move(labels, device)
 
 
-def stack(labels: list[Tensor]) -> Tensor | list[Tensor]:
-    """Labels (h, w) as one tensor (B, h, w), or as they are where their sizes differ."""
-    return torch.stack(labels) if len({label.shape for label in labels}) == 1 else labels
-
-
-def take(tensors: Tensor | list[Tensor], indices: Sequence[int]) -> Tensor | list[Tensor]:
-    """A batch; indexing with a tensor keeps channels_last, index_select does not."""
-    if isinstance(tensors, list):
-        return [tensors[index] for index in indices]
-    return tensors[move(torch.as_tensor(indices), tensors.device)]
-
-
-def move(tensors: Tensor | list[Tensor], device: torch.device) -> Tensor | list[Tensor]:
+def move(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Tensors to a device, to a GPU through pinned memory, so that the host need not wait."""
-    if isinstance(tensors, list):
-        return [move(one, device) for one in tensors]
-    if device.type == "cuda" and tensors.device.type == "cpu":
-        tensors = tensors.pin_memory()
-    return tensors.to(device, non_blocking=device.type == "cuda")  # mps would read what is freed by then
+    if device.type != "cuda":
+        return [one.to(device) for one in tensors]
+    return [(one if one.is_cuda else one.pin_memory()).to(device, non_blocking=True) for one in tensors]
 
 
 # --- Whole batches on the device ----------------------------------------------------------------------------
-
 
 def augment(images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Mirror half of the images with their labels, and change brightness and contrast by 1 +- PHOTOMETRIC.
@@ -567,7 +507,6 @@ def imagenet_statistics(device: torch.device) -> Tensor:
 
 # --- Making composites --------------------------------------------------------------------------------------
 
-
 def pair_cityscapes(folder: Path) -> list[tuple[Path, Path, Path]]:
     """(photo, label, path of the composite below the output) of the original download, in its own splits."""
     triples = []
@@ -577,8 +516,8 @@ def pair_cityscapes(folder: Path) -> list[tuple[Path, Path, Path]]:
         if split in ("train", "val"):
             triples.append((photo, label, Path(split, city, name.replace("_leftImg8bit", ""))))
     if not triples:
-        raise DatasetError(f"{folder} holds no leftImg8bit/train/*/*_leftImg8bit.png; unpack "
-                           "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip of Cityscapes there")
+        raise DatasetError(f"{folder} holds no leftImg8bit/train/*/*_leftImg8bit.png; unpack Cityscapes' "
+                           "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip there")
     return triples
 
 
@@ -588,38 +527,33 @@ def pair_folders(photo_dir: Path, label_dir: Path, val: float, seed: int) -> lis
     A label's stem may go on after its photo's (a.jpg, a_mask.png). A share `val` of the pairs, at least one,
     drawn by the seed, goes to val/. DatasetError for a photo without a label of its own.
     """
-    photos, labels, others, pairs = {}, {}, [], {}
+    photos, labels, left_out, pairs = {}, {}, [], {}  # by their paths in their folder, without suffix
     for folder, found in ((photo_dir, photos), (label_dir, labels)):
-        images, rest = find_images(folder)
-        others += rest
+        images, others = find_images(folder)
+        left_out += others
         for path in images:
-            stem = path.relative_to(folder).with_suffix("")
-            if stem in found:
-                raise DatasetError(f"{found[stem]} and {path} have one name; rename one")
-            found[stem] = path
+            other = found.setdefault(path.relative_to(folder).with_suffix(""), path)
+            if other != path:
+                raise DatasetError(f"{other} and {path} have one name; rename one")
     for stem, label in labels.items():
-        # From the whole stem down, cut where no word is: img1_mask is of img1, not of img.
-        owners = (stem.with_name(stem.name[:end]) for end in range(len(stem.name), 0, -1)
-                  if not stem.name[end : end + 1].isalnum())
-        owner = next((one for one in owners if one in photos), None)
-        if owner in pairs:
-            raise DatasetError(f"{photos[owner]} has two labels, {pairs[owner]} and {label}; leave one out")
-        if owner:
-            pairs[owner] = label
-        else:
-            others.append(label)
+        # The longest that ends where a word does: img1_mask is of img1, not of img.
+        ends = [end for end in range(len(stem.name), 0, -1) if not stem.name[end : end + 1].isalnum()]
+        owner = next((own for end in ends if (own := stem.with_name(stem.name[:end])) in photos), None)
+        if owner is None:
+            left_out.append(label)
+        elif (other := pairs.setdefault(owner, label)) != label:
+            raise DatasetError(f"{photos[owner]} has two labels, {other} and {label}; leave one out")
     if missing := [path for stem, path in photos.items() if stem not in pairs]:
-        others = f", nor have {len(missing) - 1} more" if missing[1:] else ""
-        raise DatasetError(f"{missing[0]} has no label in {label_dir}{others}; it has its photo's name, or "
-                           "goes on after it (a.jpg, a_mask.png)")
-    if len(pairs) < 2:
+        raise DatasetError(f"{missing[0]} has no label in {label_dir}, named a.png or a_mask.png for a.jpg; "
+                           f"{len(missing)} of {len(photos)} photos have none")
+    if len(photos) < 2:
         raise DatasetError(f"{photo_dir} holds too few photos; train/ and val/ need one each")
-    if others:
-        print("Left out   ", *others[:5], "..." if others[5:] else "", "(no photo, or of none)")
-    n_val = min(max(round(val * len(pairs)), 1), len(pairs) - 1)
-    chosen = np.random.default_rng(seed).permutation(len(pairs))[:n_val]
-    return [(path, pairs[stem], Path("val" if index in chosen else "train", f"{stem}.png"))
-            for index, (stem, path) in enumerate(photos.items())]
+    if left_out:
+        print("Left out   ", *left_out[:5], "..." if left_out[5:] else "", "(no photo, or of none)")
+    n_val = min(max(round(val * len(photos)), 1), len(photos) - 1)
+    chosen = np.random.default_rng(seed).permutation(len(photos))[:n_val]
+    return [(photo, pairs[stem], Path("val" if index in chosen else "train", f"{stem}.png"))
+            for index, (stem, photo) in enumerate(photos.items())]
 
 
 def read_label(path: Path) -> np.ndarray:
@@ -628,20 +562,22 @@ def read_label(path: Path) -> np.ndarray:
     DatasetError for colours and ids beyond the table, and for ids in a JPEG, which changes them.
     """
     with open_image(path) as image:
+        is_jpeg = image.format in ("JPEG", "MPO")
         if len(image.getbands()) > 1:
             label_rgb, decoder = np.asarray(to_rgb(image)), project_decoder()
-            flat = FLAT if image.format in ("JPEG", "MPO") else LOSSLESS_FLAT
+            flat = FLAT if is_jpeg else LOSSLESS_FLAT
             if problem := decoder.problem(label_rgb) or decoder.problem(label_rgb, 1, flat):
                 raise DatasetError(problem)
             return label_rgb
-        if image.format in ("JPEG", "MPO"):
-            raise DatasetError("holds class ids in a JPEG, which changes them; save them as PNG")
+        if is_jpeg:
+            raise DatasetError("it holds class ids in a JPEG, which changes them; save them as PNG")
         ids = np.array(image).astype(np.int64)
-    ids[ids == 255] = 0
-    if beyond := sorted({*np.unique(ids).tolist()} - {*range(len(CLASSES))}):
-        raise DatasetError(f"{path}: holds class id {beyond[-1]}, expected ids below {len(CLASSES)}, or 255 "
-                           "for background; change it, or add to CLASSES in dataset.py")
-    return colorize(ids)
+        ids[ids == 255] = 0
+        beyond = ids[~np.isin(ids, range(len(CLASSES)))]
+        if beyond.size:
+            raise DatasetError(f"it holds class id {beyond[0]}, expected 255 for background or ids below "
+                               f"{len(CLASSES)}; change it, or add to CLASSES in dataset.py")
+        return colorize(ids)
 
 
 def make_composites(triples: Sequence[tuple[Path, Path, Path]], output: Path, size: int) -> None:
@@ -656,11 +592,12 @@ def make_composites(triples: Sequence[tuple[Path, Path, Path]], output: Path, si
         if photo.size != label.size:
             raise DatasetError(f"{label_path} has {label.width}x{label.height} pixels, and its photo "
                                f"{photo_path} {photo.width}x{photo.height}; make them alike")
-        halves = (photo.resize((size, size), Image.Resampling.LANCZOS),
-                  label.resize((size, size), Image.Resampling.NEAREST))
+        composite = Image.new("RGB", (2 * size, size))
+        composite.paste(photo.resize((size, size), Image.Resampling.LANCZOS))
+        composite.paste(label.resize((size, size), Image.Resampling.NEAREST), (size, 0))
         path = Path(folder, "made", target)
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.concatenate(halves, axis=1)).save(path)
+        composite.save(path)
 
     if output.exists():
         raise DatasetError(f"--output {output} is there already; name a new folder")
@@ -668,8 +605,7 @@ def make_composites(triples: Sequence[tuple[Path, Path, Path]], output: Path, si
     n_cores = os.cpu_count() or 1
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
         results = in_threads(make_one, triples, n_cores, n_cores)
-        for _ in tqdm(results, "Making composites", len(triples), unit="image", disable=None):
-            pass
+        deque(tqdm(results, "Making composites", len(triples), unit="image", disable=None), maxlen=0)
         os.rename(Path(folder, "made"), output)
 
 
@@ -678,16 +614,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         allow_abbrev=False, description="Make train/ and val/ composites of the original Cityscapes data, "
         "or of photos and labels in two folders, labels in the colours of CLASSES or one channel of ids.")
-    add, folder = parser.add_argument, lambda text: Path(os.path.expanduser(text))
+    add, folder = parser.add_argument, lambda text: Path(text).expanduser()
     add("cityscapes_dir", type=folder, nargs="?", help="holds leftImg8bit/ and gtFine/ (*_gtFine_color.png)")
-    add("--photos", type=folder, metavar="FOLDER", help="photos, read with their subfolders")
-    add("--labels", type=folder, metavar="FOLDER", help="their labels: a.png or a_mask.png for a.jpg")
-    add("--val", type=float, metavar="SHARE", help="of the photos, for val/ (0.1 if left out)")
-    add("--seed", type=int, metavar="N", help="by which they are drawn (0 if left out)")
-    add("--output", type=folder, default=Path("data/cityscapes_data"), metavar="FOLDER",
-        help="a new folder, gets train/ and val/ (%(default)s)")
-    add("--size", type=int, default=256, metavar="PIXELS", help="side of each half (%(default)s)")
-    args = parser.parse_args(None if argv is None else [str(word) for word in argv])
+    add("--photos", type=folder, help="a folder, read with its subfolders")
+    add("--labels", type=folder, help="a folder of their labels: a.png or a_mask.png for a.jpg")
+    add("--val", type=float, help="share of the photos that goes to val/ (0.1 if left out)")
+    add("--seed", type=int, help="by which these are drawn (0 if left out)")
+    add("--output", type=folder, default="data/cityscapes_data", help="a new folder (%(default)s)")
+    add("--size", type=int, default=256, help="side of each half in pixels (%(default)s)")
+    args = parser.parse_args(argv and [str(word) for word in argv])
     own, drawn = [args.photos, args.labels], [args.val, args.seed]
     if (own + drawn != [None] * 4) if args.cityscapes_dir else None in own:
         parser.exit(2, "dataset.py: error: name the Cityscapes folder alone, as it has its own val/, or both "
@@ -696,8 +631,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not (2 <= args.size <= 8192 and 0 < val < 1 and seed >= 0):
         parser.exit(2, "dataset.py: error: expected --size 2 to 8192, --val in 0 to 1, --seed 0 or more\n")
     try:
-        triples = (pair_cityscapes(args.cityscapes_dir) if args.cityscapes_dir
-                   else pair_folders(*own, val, seed))
+        city = args.cityscapes_dir
+        triples = pair_cityscapes(city) if city else pair_folders(*own, val, seed)
         make_composites(triples, args.output, args.size)
     except (DatasetError, OSError) as error:
         parser.exit(1, f"dataset.py: error: {error}\n")

@@ -237,8 +237,9 @@ def segment_all(segmenter: Segmenter, photos: Sequence[Path], masks: Sequence[Pa
     read = partial(read_sample, composite=composite, n_classes=segmenter.n_classes)
     n_cores = utils.available_cpus()
     samples = dataset.in_threads(read, photos, n_cores, n_ahead=n_cores)
-    bar = utils.progress_bar(samples, "Segmenting", len(photos), unit="photo")
-    for path, mask_path, sample in zip(photos, masks, bar):
+    bar = segmenter.runtime.progress("Segmenting", len(photos), "photo")
+    for path, mask_path, sample in zip(photos, masks, samples):
+        bar.update()
         if isinstance(sample, str):
             problems.append(f"skipped {sample}")
             utils.say(problems[-1])

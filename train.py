@@ -4,8 +4,8 @@ The recipe is main() and what it calls, from the end of this file upwards. RUN_F
 """
 import contextlib
 import copy
+import json
 import math
-import os
 import platform
 import time
 from argparse import Namespace
@@ -51,7 +51,6 @@ GPU_SHARE, HOST_SHARE = 0.5, 0.8  # of the free memory, that inputs and labels m
 
 # --- Arguments ----------------------------------------------------------------------------------------------
 
-
 EXAMPLES = """examples:
   python train.py --demo                                            synthetic scenes, no download
   python train.py --resume runs/demo/last.pth --num_epochs 60       go on, flags as before but for this one
@@ -62,28 +61,23 @@ EXAMPLES = """examples:
 
 def get_args_parser() -> utils.ArgumentParser:
     parser = utils.ArgumentParser(description="Train EfficientSegNet on composites.", epilog=EXAMPLES)
+    whole, path, n_classes = utils.whole_number, utils.file_path, len(dataset.CLASSES)
     recipe = parser.add_argument_group("recipe (--resume remembers these; a flag given with --resume wins)")
-    data = recipe.add_mutually_exclusive_group()
-    add = data.add_argument
-    add("--data_dir", type=utils.file_path, default=Path("data/cityscapes_data"), metavar="FOLDER",
-        help="holds train/ and val/ with composites (%(default)s)")
-    add("--demo", action="store_const", dest="data_dir", const=DEMO_DIR,
-        help=f"the scenes in images/demo; where no flag says otherwise {DEMO_RECIPE}")
-    add = recipe.add_argument
-    whole, n_classes = utils.whole_number, len(dataset.CLASSES)
-    add("--num_epochs", type=whole(1, 10**6), default=30, help="passes over train/ (%(default)s)")
+    data, add = recipe.add_mutually_exclusive_group(), recipe.add_argument
+    data.add_argument("--data_dir", type=path, default="data/cityscapes_data", metavar="FOLDER",
+                      help="holds train/ and val/ with composites (%(default)s)")
+    data.add_argument("--demo", action="store_const", dest="data_dir", const=DEMO_DIR,
+                      help=f"the scenes in images/demo; where no flag says otherwise {DEMO_RECIPE}")
+    add("--num_epochs", type=whole(1), default=30, help="passes over train/ (%(default)s)")
     add("--batch_size", type=whole(1), default=4, help="images a step in each process (%(default)s)")
-    add("--learning_rate", type=utils.positive_float, default=3e-3,
-        help=f"AdamW's, reached after {WARMUP:.0%}% of the steps and then kept (%(default)s)")
-    add("--num_classes", type=whole(2, n_classes), default=n_classes,
-        help="ids in the labels are below this (%(default)s)")
-    add("--image_size", type=whole(64, 8192, multiple=32), default=256, metavar="PIXELS",
-        help="side of the square that photos are resized to, a multiple of 32 (%(default)s)")
+    add("--learning_rate", type=utils.positive_float, default=3e-3, help="AdamW's (%(default)s)")
+    add("--num_classes", type=whole(2, n_classes), default=n_classes, help="ids are below it (%(default)s)")
+    add("--image_size", type=whole(64, 8192, multiple=32), default=256,
+        help="side in pixels of the square that photos are resized to, a multiple of 32 (%(default)s)")
     add("--finetune_encoder", action="store_true",
         help=f"train the encoder too, at {ENCODER_LEARNING_RATE} of the learning rate, in every step")
-    add("--encoder_weights", type=lambda text: text if text == "none" else str(utils.file_path(text)),
-        default="imagenet", metavar="imagenet|none|FILE",
-        help="torchvision's download, random, or an efficientnet_b0 state_dict (%(default)s)")
+    add("--encoder_weights", type=lambda text: str(path(text)), default="imagenet",
+        help="imagenet, none (random) or FILE, an efficientnet_b0 state_dict (%(default)s)")
     add("--ignore_background", action="store_true",
         help="pixels of class 0 teach nothing and count in no figure, for labels that are drawn in part")
     add("--best_by", choices=("dice", "mean_dice", "mean_iou"), default="dice",
@@ -91,22 +85,19 @@ def get_args_parser() -> utils.ArgumentParser:
     add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto",
         help="mixed precision; auto takes what the device is fast at (%(default)s)")
     add("--seed", type=whole(0, 2**63 - 1), default=0, help="of weights, shuffle, augmentation (%(default)s)")
-    add("--no_cache", action="store_true",
-        help="keep nothing in memory: read and encode in every step; chosen by itself if memory is short")
+    add("--no_cache", action="store_true", help="read and encode in every step, as if memory were short")
     run = parser.add_argument_group("run")
-    mode = run.add_mutually_exclusive_group()
-    add = mode.add_argument
-    add("--resume", type=lambda text: text if text == "auto" else utils.file_path(text), metavar="FILE|auto",
-        help="continue the run of a last.pth, or start a new one from another file's weights; auto: the "
-             "last.pth in --output_dir, or a new run if there is none")
-    add("--evaluate", type=utils.file_path, metavar="FILE", help="score this on val/, train nothing")
-    add = run.add_argument
+    mode, add = run.add_mutually_exclusive_group(), run.add_argument
+    mode.add_argument("--resume", type=path, metavar="FILE|auto",
+                      help="continue the run of a last.pth, or start a new one from another file's weights; "
+                           "auto: from the last.pth in --output_dir, or anew if there is none")
+    mode.add_argument("--evaluate", type=path, metavar="FILE", help="score this on val/, train nothing")
     add("--flip", action="store_true", help="with --evaluate: average with the mirrored photo")
-    add("--output_dir", type=utils.file_path, metavar="FOLDER", help="new, runs/<date-time> if left out")
-    add("--num_workers", type=whole(0, 512), default=min(utils.available_cpus(), 8), metavar="N",
+    add("--output_dir", type=path, metavar="FOLDER", help="new, runs/<date-time> if left out")
+    add("--num_workers", type=whole(0, 512), default=min(utils.available_cpus(), 8),
         help="threads that read composites, at the start and, with --no_cache, in every step (%(default)s)")
-    add("--device", type=utils.device_name, default="auto", metavar="auto|cpu|cuda|cuda:N|mps",
-        help="auto prefers a GPU (%(default)s)")
+    add("--device", type=utils.device_name, default="auto",
+        help="auto (a GPU if there is one), cpu, cuda, cuda:N or mps (%(default)s)")
     return parser
 
 
@@ -120,16 +111,16 @@ def parse_args(argv: Sequence[str] | None) -> tuple[Namespace, dict | None]:
     defaults = vars(parser.parse_args([])) | {"score_background": dataset.SCORE_BACKGROUND}
     parsed = vars(parser.parse_args(argv, Namespace(**dict.fromkeys(defaults))))  # None for what is left out
     given = {name: value for name, value in parsed.items() if value is not None}
-    if "evaluate" in given and (useless := given.keys() - IN_EVALUATION):
-        parser.error(f"--{min(useless)} changes nothing with --evaluate; leave it out")
-    if "flip" in given and "evaluate" not in given:
-        parser.error("--flip belongs to --evaluate; leave it out")
-    if parsed["resume"] == "auto":
+    useless = given.keys() - IN_EVALUATION if "evaluate" in given else given.keys() & {"flip"}
+    if useless:
+        how = "with" if "evaluate" in given else "without"
+        parser.error(f"--{min(useless)} changes nothing {how} --evaluate; leave it out")
+    auto = given.get("resume") == Path("auto")
+    if auto:
         if "output_dir" not in given:
             parser.error("--resume auto goes on with the last.pth in --output_dir; name that folder")
-        given["resume"] = given["output_dir"] / "last.pth"
-        if not given["resume"].exists():
-            given["resume"] = None
+        last = given["output_dir"] / "last.pth"
+        given["resume"] = last if last.exists() else None
     path, checkpoint, remembered = given.get("resume") or given.get("evaluate"), None, {}
     if path:
         checkpoint = models.load_checkpoint(path)
@@ -137,15 +128,15 @@ def parse_args(argv: Sequence[str] | None) -> tuple[Namespace, dict | None]:
         remembered = {name: settings[name] for name in settings.keys() & defaults.keys() - NOT_REMEMBERED}
         remembered["num_classes"] = len(checkpoint["model"]["out.weight"])
         if given.get("encoder_weights") not in (None, remembered.get("encoder_weights")):
-            raise UserError(f"--encoder_weights {given['encoder_weights']}: {path} holds its encoder, begun "
-                            f"with {remembered.get('encoder_weights')}; leave the flag out")
+            raise UserError(f"--encoder_weights: {path} holds its encoder, begun with "
+                            f"{remembered.get('encoder_weights')}; leave the flag out")
     demo = DEMO_RECIPE if given.get("data_dir") == DEMO_DIR else {}
-    args = Namespace(**defaults | demo | remembered | given, auto=parsed["resume"] == "auto")
+    args = Namespace(**defaults | demo | remembered | given, auto=auto)
     args.data_dir = Path(args.data_dir)
     args.continues = bool(args.resume) and args.resume.resolve().name == "last.pth"
     if args.ignore_background and args.score_background:
         raise UserError("--ignore_background: SCORE_BACKGROUND of dataset.py or the checkpoint says that "
-                        "class 0 counts; set it to False for a new run, or leave the flag out")
+                        "class 0 counts; leave the flag out, or set it to False for a new run")
     if checkpoint:
         check_checkpoint(checkpoint, path, args)
     return args, checkpoint
@@ -174,7 +165,6 @@ def check_checkpoint(checkpoint: dict, path: Path, args: Namespace) -> None:
 
 # --- Data ---------------------------------------------------------------------------------------------------
 
-
 def open_splits(names: Sequence[str], args: Namespace, runtime: Runtime) -> tuple[dict, dict]:
     """This process's Split of train/ and val/, not read yet, and how many composites they hold in all.
 
@@ -201,18 +191,16 @@ def keep_inputs(trainer: "Trainer", splits: dict[str, Split], no_cache: bool) ->
     per_image = sum(one.nbytes for one in like)
     n_bytes = sum(len(split) * per_image + split.label_bytes() for split in splits.values())
     cuda, device, how = runtime.device.type == "cuda", None, "read in every step"
-    if no_cache:
-        pass
-    elif cuda and n_bytes <= GPU_SHARE * torch.cuda.mem_get_info(runtime.device)[0]:
+    if cuda and not no_cache and n_bytes <= GPU_SHARE * torch.cuda.mem_get_info(runtime.device)[0]:
         device, how = runtime.device, "kept in GPU memory"
-    elif n_bytes <= HOST_SHARE * utils.free_memory():
+    elif not no_cache and n_bytes <= HOST_SHARE * utils.free_memory():
         device, how = torch.device("cpu"), "kept in host memory"
-    else:
+    elif not no_cache:
         how += ", for they do not fit into memory"
     what = "photos" if trainer.network.finetune_encoder else "features"
     each = " in each process" if runtime.world_size > 1 else ""
     runtime.log(f"Memory      {what} and labels, {n_bytes / 1e9:.2f} GB{each}, {how}")
-    with progress("Reading", sum(map(len, splits.values())), runtime) as bar:
+    with runtime.progress("Reading", sum(map(len, splits.values()))) as bar:
         for name, split in splits.items():
             split.keep(trainer.make_inputs, device, bar)
             check_foreground(split, name, runtime)
@@ -228,13 +216,7 @@ def check_foreground(split: Split, name: str, runtime: Runtime) -> None:
                         "colours of CLASSES in dataset.py?")
 
 
-def progress(what: str, total: int, runtime: Runtime) -> tqdm:
-    """A bar on rank 0."""
-    return utils.progress_bar(desc=what, total=total, unit="image", disable=runtime.rank > 0)
-
-
 # --- One step -----------------------------------------------------------------------------------------------
-
 
 def learning_rate_factor(done: float) -> float:
     """The share of --learning_rate in a step, from the share of all steps done with it, 0..1."""
@@ -244,9 +226,9 @@ def learning_rate_factor(done: float) -> float:
 
 def encode(network: nn.Module, images: Tensor, runtime: Runtime) -> list[Tensor]:
     """Features of images (B, 3, S, S) of 0..255."""
-    images = dataset.normalize(dataset.move(images, runtime.device))
+    (images,) = dataset.move([images], runtime.device)
     with runtime.autocast():
-        return network.encode(images)
+        return network.encode(dataset.normalize(images))
 
 
 def compute_logits(network: nn.Module, inputs: Sequence[Tensor], runtime: Runtime) -> Tensor:
@@ -265,6 +247,7 @@ class Trainer:
         history: a dict an epoch, the rows of history.csv.
         best: epoch, figure and the counts of SegmentationMetrics of the best epoch so far.
         scores: the training figures, which say what counts.
+        generator: of augmentation, which there is none without.
     """
 
     def __init__(self, network: models.EfficientSegNet, scores: metrics.SegmentationMetrics,
@@ -272,20 +255,17 @@ class Trainer:
         self.network, self.scores, self.runtime = network, scores, runtime
         self.n_steps, self.steps_done, self.learning_rate = n_steps, 0, 0.0  # the last step's rate
         self.history: list[dict] = []
-        self.best = dict(NO_BEST)
-        self.encoder = network
-        if not network.finetune_encoder:
-            self.encoder = models.fold_batch_norms(copy.deepcopy(network))
-        self.generator: torch.Generator | None = None  # of augmentation
+        self.best, self.generator = dict(NO_BEST), None
+        finetune, cuda = network.finetune_encoder, runtime.device.type == "cuda"
+        self.encoder = network if finetune else models.fold_batch_norms(copy.deepcopy(network))
         self.trained = {key: value for key, value in network.state_dict().items() if value.is_floating_point()
-                        and (network.finetune_encoder or not key.startswith("encoder"))}
+                        and (finetune or not key.startswith("encoder"))}
         self.average = {key: value.clone() for key, value in self.trained.items()}
         self.averaging_rate = torch.tensor(0.0, device=runtime.device)
         self.peaks, parameters = [learning_rate], [network.decoder_parameters()]
-        if network.finetune_encoder:
+        if finetune:
             self.peaks.append(learning_rate * ENCODER_LEARNING_RATE)
             parameters.append(network.encoder_parameters())
-        cuda = runtime.device.type == "cuda"
         groups = [{"params": some, "lr": torch.tensor(0.0, device=runtime.device)} for some in parameters]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY, fused=True, capturable=cuda)
         self.parameters = sum(parameters, [])
@@ -333,14 +313,6 @@ class Trainer:
             average.lerp_(self.trained[key], self.averaging_rate)
         self.scores.update(predictions, labels, cross_entropy)
 
-    def fold(self) -> models.EfficientSegNet:
-        """A copy of the network for evaluation, with the averages in place of what is trained."""
-        stages = [] if self.network.finetune_encoder else self.network.encoder_stages()
-        folded = {id(ours): theirs for ours, theirs in zip(stages, self.encoder.encoder_stages())}
-        network = copy.deepcopy(self.network, folded)  # takes over a frozen encoder's stages, folded once
-        network.load_state_dict(self.average, strict=False)
-        return models.fold_batch_norms(network)
-
     def average_gradients(self) -> None:
         """Over all ranks, in one exchange."""
         if self.runtime.world_size > 1:
@@ -350,6 +322,14 @@ class Trainer:
             flat /= self.runtime.world_size
             for one, part in zip(gradients, flat.split([one.numel() for one in gradients])):
                 one.copy_(part.view_as(one))
+
+    def fold(self) -> models.EfficientSegNet:
+        """A copy of the network for evaluation, with the averages in place of what is trained."""
+        stages = [] if self.network.finetune_encoder else self.network.encoder_stages()
+        folded = {id(ours): theirs for ours, theirs in zip(stages, self.encoder.encoder_stages())}
+        network = copy.deepcopy(self.network, folded)  # takes over a frozen encoder's stages, folded once
+        network.load_state_dict(self.average, strict=False)
+        return models.fold_batch_norms(network)
 
     def end_epoch(self, row: dict, scores: metrics.SegmentationMetrics, best_by: str) -> bool:
         """Add an epoch's row and validation to the history; whether it is the best so far."""
@@ -391,7 +371,7 @@ class CudaGraph:
     """
 
     def __init__(self, function: Callable[..., None], runtime: Runtime) -> None:
-        self.function, self.runtime, self.calls, self.graph, self.static = function, runtime, 0, None, ()
+        self.function, self.runtime, self.calls, self.graph = function, runtime, 0, None
         self.stream = torch.cuda.Stream()
 
     def __call__(self, *tensors: Tensor) -> None:
@@ -401,12 +381,11 @@ class CudaGraph:
         if self.graph:
             for static, tensor in zip(self.static, tensors):
                 static.copy_(tensor)
-            self.graph.replay()
-        else:
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):  # a capture is warmed up on another stream than the default
-                self.function(*tensors)
-            torch.cuda.current_stream().wait_stream(self.stream)
+            return self.graph.replay()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):  # a capture is warmed up on another stream than the default
+            self.function(*tensors)
+        torch.cuda.current_stream().wait_stream(self.stream)
 
     def capture(self, tensors: Sequence[Tensor]) -> None:
         """Record the function; nothing is computed yet."""
@@ -422,7 +401,6 @@ class CudaGraph:
 
 
 # --- Epochs -------------------------------------------------------------------------------------------------
-
 
 class Plan(NamedTuple):
     """How a run goes through its data; the same on every rank."""
@@ -458,15 +436,15 @@ def draw_batches(n_images: int, plan: Plan, epoch: int, rank: int) -> list[list[
 def fit(trainer: Trainer, splits: dict[str, Split], plan: Plan, folder: Path, config: dict) -> None:
     """Train, and after each epoch score, save and then draw."""
     runtime, network = trainer.runtime, trainer.network
-    images_per_epoch = plan.steps * plan.batch_size * runtime.world_size
+    n_images = plan.steps * plan.batch_size * runtime.world_size
     for epoch in range(len(trainer.history) + 1, plan.num_epochs + 1):
         started = time.monotonic()
         if network.finetune_encoder:
             trainer.generator = make_generator(plan.seed, epoch, runtime.rank, runtime.device)
         order = draw_batches(len(splits["train"]), plan, epoch, runtime.rank)
-        with progress(f"Epoch {epoch}/{plan.num_epochs}", images_per_epoch, runtime) as bar:
+        with runtime.progress(f"Epoch {epoch}/{plan.num_epochs}", n_images) as bar:
             train = train_one_epoch(trainer, splits["train"].batches(order, runtime.device), bar)
-        train_seconds = time.monotonic() - started
+        rate = n_images / (time.monotonic() - started)
         for weights in (network.state_dict(), trainer.average):
             share_weights(weights, runtime)  # batch-norm statistics differ between ranks; rank 0's count
         scores = evaluate(trainer.fold(), splits["val"], trainer.scores, runtime)
@@ -475,8 +453,7 @@ def fit(trainer: Trainer, splits: dict[str, Split], plan: Plan, folder: Path, co
         row = {"epoch": epoch, "learning_rate": trainer.learning_rate,
                "train_loss": train["loss"], "train_dice": train["dice"],
                **{f"val_{name}": val[name] for name in ("loss", "dice", "mean_dice", "mean_iou")},
-               "seconds": time.monotonic() - started,
-               "images_per_second": images_per_epoch / train_seconds}
+               "seconds": time.monotonic() - started, "images_per_second": rate}
         is_best = trainer.end_epoch(row, scores, config["settings"]["best_by"])
         if runtime.rank == 0:
             save_epoch(trainer, folder, config, is_best)
@@ -526,7 +503,7 @@ def evaluate(network: nn.Module, split: Split, like: metrics.SegmentationMetrics
     n_pixels = max(split.image_size, 256) ** 2  # of larger images fewer, as they take more memory
     batch_size = max(EVALUATION_BATCH[runtime.device.type] * 256**2 // n_pixels, 1)
     order = BatchSampler(range(len(split)), batch_size, drop_last=False)
-    with progress("Scoring", len(split), runtime) as bar:
+    with runtime.progress("Scoring", len(split)) as bar:
         for inputs, labels in split.batches(order, runtime.device):
             logits = compute_logits(network, inputs, runtime).float()
             if flip:
@@ -562,39 +539,35 @@ def format_epoch(row: dict, num_epochs: int, is_best: bool) -> str:
 
 # --- What a run leaves --------------------------------------------------------------------------------------
 
-
 def describe_run(args: Namespace, runtime: Runtime) -> dict:
     """What checkpoints and config.json say beside the weights, in plain types."""
     classes, folder = dataset.CLASSES[: args.num_classes], args.data_dir / "val"
     table = {"image_size": args.image_size, "class_names": [entry.name for entry in classes],
              "class_colors": [list(entry.color) for entry in classes]}
+    measured_on = table | {  # the figures of two epochs can be compared if all of it is the same
+        "best_by": args.best_by, "background": [args.score_background, args.ignore_background],
+        "further_colors": [list(map(list, entry.further.values())) for entry in classes],
+        "val": {path.relative_to(folder).as_posix(): path.stat().st_size
+                for path in dataset.list_composites(folder)[0]}}
     settings = {name: value for name, value in vars(args).items() if name not in NOT_REMEMBERED}
-    return {
-        "settings": settings | {"data_dir": str(args.data_dir)},
-        "n_classes": args.num_classes, **table,
-        "mean": list(dataset.MEAN), "std": list(dataset.STD),
-        "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
-                     "torchvision": torchvision.__version__},
-        "runtime": str(runtime), "world_size": runtime.world_size,
-        "measured_on": table | {  # the figures of two epochs can be compared if all of it is the same
-            "best_by": args.best_by, "background": [args.score_background, args.ignore_background],
-            "further_colors": [list(map(list, entry.further.values())) for entry in classes],
-            "val": {path.relative_to(folder).as_posix(): os.path.getsize(path)
-                    for path in dataset.list_composites(folder)[0]}},
-    }
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__),
+                "torchvision": torchvision.__version__}
+    return {"settings": settings | {"data_dir": str(args.data_dir)}, "n_classes": args.num_classes, **table,
+            "mean": list(dataset.MEAN), "std": list(dataset.STD), "versions": versions,
+            "runtime": str(runtime), "world_size": runtime.world_size, "measured_on": measured_on}
 
 
-def check_folder(args: Namespace) -> None:
-    """UserError if --output_dir belongs to another run."""
-    folder = args.output_dir
-    if not folder or (args.continues and folder.resolve() == args.resume.resolve().parent):
-        return
+def choose_folder(args: Namespace) -> Path:
+    """The run's folder, not made yet; UserError if it belongs to another run."""
+    own = args.resume.resolve().parent if args.continues else None
+    folder = args.output_dir or own or Path("runs", datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
     present = [name for name in RUN_FILES if (folder / name).exists()]
     if present == ["config.json"] and b'"measured_on"' in (folder / "config.json").read_bytes():
-        return  # of a run that ended before its first epoch did
-    if present:
+        present = []  # of a run that ended before its first epoch did
+    if present and folder.resolve() != own:
         raise UserError(f"--output_dir {folder} holds {present[-1]} of another run; choose another folder, "
                         "or go on with a last.pth there by --resume")
+    return folder
 
 
 def save_epoch(trainer: Trainer, folder: Path, config: dict, is_best: bool) -> None:
@@ -607,10 +580,10 @@ def save_epoch(trainer: Trainer, folder: Path, config: dict, is_best: bool) -> N
         for name in REPORT_FILES:  # what an earlier end of this run said of another best.pth
             with contextlib.suppress(OSError):  # of a table that is open in Excel, say
                 (folder / name).unlink()
-        utils.write_checkpoint(folder / "best.pth", {"model": state["model"] | state["average"],
-                                                     "best": trainer.best, "config": config})
+        best = {"model": state["model"] | state["average"], "best": trainer.best, "config": config}
+        utils.write_checkpoint(folder / "best.pth", best)
     utils.write_checkpoint(folder / "last.pth", state | {"config": config})
-    write_or_warn(utils.write_json, folder / "config.json", config)
+    write_or_warn(utils.write_file, folder / "config.json", json.dumps(config, indent=2).encode())
     write_history(trainer, folder, config)
 
 
@@ -628,26 +601,24 @@ def write_or_warn(write: Callable, path: Path, content: object) -> None:
         utils.say(f"warning: no {path} ({utils.first_line(error)}); the run goes on", "stderr")
 
 
-def find_best(trainer: Trainer, config: dict, own_folder: Path, folder: Path) -> None:
+def find_best(trainer: Trainer, config: dict, path: Path, folder: Path) -> None:
     """Take over the best epoch from the best.pth beside last.pth, or seek it anew, and say so.
 
-    It must be of this run, which may have saved one more epoch in it than in last.pth, and measured alike.
+    It must be last.pth's, or of the next epoch after a kill between the two, and measured alike.
     """
-    path, n_done, by = own_folder / "best.pth", len(trainer.history), config["settings"]["best_by"]
     found = models.load_checkpoint(path) if path.exists() else {"config": {}}
-    best = found.get("best", dict(NO_BEST))
-    figures = [row[f"val_{by}"] for row in trainer.history[: best["epoch"]]]
-    is_own = figures[-1:] == [best["figure"]] or best["epoch"] == n_done + 1
+    best, n_done = found.get("best", NO_BEST), len(trainer.history)
+    is_own = best["epoch"] == n_done + 1 or all(best[key] == trainer.best[key] for key in ("epoch", "figure"))
     if is_own and found["config"].get("measured_on") == config["measured_on"]:
         trainer.best = best
-        if folder != own_folder:
+        if folder.resolve() != path.parent:
             utils.write_file(folder / "best.pth", path.read_bytes())
         return
     trainer.best = dict(NO_BEST)
     trainer.runtime.log("Resume      the best epoch is sought anew: best.pth is missing or of another run, "
                         "or what scores are measured on has changed")
     if n_done >= config["settings"]["num_epochs"]:
-        raise UserError(f"{own_folder}: {counted(n_done, 'epoch')} done, none best; pass more --num_epochs")
+        raise UserError(f"{path.parent}: {counted(n_done, 'epoch')} done, none best; pass more --num_epochs")
 
 
 def report_best(trainer: Trainer, val: Split, folder: Path, config: dict) -> None:
@@ -679,13 +650,12 @@ def predict_samples(network: nn.Module, val: Split, runtime: Runtime) -> list[tu
     indices = np.linspace(0, len(val) - 1, min(PREDICTION_SAMPLES, len(val))).round().astype(int)
     images, labels = next(val.load([indices.tolist()]))
     logits = compute_logits(network, [images], runtime).float()
-    predictions = [metrics.score_stretched(one, label.shape)[0] for one, label in zip(logits, labels)]
-    return [(image.permute(1, 2, 0).numpy(), label.numpy(), predicted.cpu().numpy())
+    predictions = [metrics.score_stretched(one, label.shape)[0].cpu() for one, label in zip(logits, labels)]
+    return [(image.permute(1, 2, 0).numpy(), label.numpy(), predicted.numpy())
             for image, label, predicted in zip(images, labels, predictions)]
 
 
 # --- A whole run --------------------------------------------------------------------------------------------
-
 
 def build_network(args: Namespace, checkpoint: dict | None, runtime: Runtime) -> models.EfficientSegNet:
     """The network on its device, alike on all ranks; rank 0 says where its weights come from."""
@@ -694,11 +664,9 @@ def build_network(args: Namespace, checkpoint: dict | None, runtime: Runtime) ->
     source = str(args.resume or args.evaluate or args.encoder_weights)
     if checkpoint:
         network = models.model_from_checkpoint(checkpoint, source, finetune_encoder=args.finetune_encoder)
-    elif runtime.rank > 0:
-        network = build("none")  # until rank 0's are shared: it alone downloads
     else:
         try:
-            network = build(source)
+            network = build(source if runtime.rank == 0 else "none")  # rank 0 alone downloads
         except models.WeightsError as error:
             if not (args.data_dir == DEMO_DIR and source == "imagenet"):
                 raise
@@ -723,10 +691,9 @@ def share_weights(weights: dict[str, Tensor], runtime: Runtime) -> None:
 def train_network(args: Namespace, checkpoint: dict | None, scores: metrics.SegmentationMetrics,
                   runtime: Runtime) -> None:
     """From the data to the report."""
-    check_folder(args)
+    folder = choose_folder(args)
     splits, counts = open_splits(("train", "val"), args, runtime)
-    plan = make_plan(args, counts["train"], runtime.world_size)
-    config = describe_run(args, runtime)
+    plan, config = make_plan(args, counts["train"], runtime.world_size), describe_run(args, runtime)
     network = build_network(args, checkpoint, runtime)
     trainer = Trainer(network, scores, args.learning_rate, plan.num_epochs * plan.steps, runtime)
     if args.continues:
@@ -740,9 +707,14 @@ def train_network(args: Namespace, checkpoint: dict | None, scores: metrics.Segm
     runtime.log(f"Training    {counted(plan.num_epochs, 'epoch')} of {counted(plan.steps, 'step')}, "
                 f"{plan.batch_size} x {runtime.world_size} = "
                 f"{counted(plan.batch_size * runtime.world_size, 'image')} a step, learning rate up to "
-                f"{args.learning_rate:g}, seed {plan.seed}")
-    folder = start_folder(trainer, config, args) if runtime.rank == 0 else Path()
-    runtime.log(f"Output      {folder}\n\n{EPOCH_HEADER}")
+                f"{args.learning_rate:g}, seed {plan.seed}\nOutput      {folder}")
+    if runtime.rank == 0:
+        folder.mkdir(parents=True, exist_ok=bool(args.output_dir or args.continues))
+        if args.continues:
+            find_best(trainer, config, args.resume.resolve().with_name("best.pth"), folder)
+        else:
+            utils.write_file(folder / "config.json", json.dumps(config, indent=2).encode())
+    runtime.log(f"\n{EPOCH_HEADER}")
     try:
         if checkpoint and not args.continues:  # training that starts below its weights must be seen
             val = evaluate(trainer.fold(), splits["val"], scores, runtime).compute()
@@ -755,18 +727,6 @@ def train_network(args: Namespace, checkpoint: dict | None, scores: metrics.Segm
         if (folder / "last.pth").exists():
             error.__notes__ = [f'go on with it: --resume "{folder / "last.pth"}"']
         raise
-
-
-def start_folder(trainer: Trainer, config: dict, args: Namespace) -> Path:
-    """The run's folder: new, with its config.json, or the one to go on in, with the best epoch so far."""
-    own = args.resume.resolve().parent if args.continues else None
-    folder = args.output_dir or own or Path("runs", datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
-    folder.mkdir(parents=True, exist_ok=bool(args.output_dir or own))
-    if own:
-        find_best(trainer, config, own, folder)
-    else:
-        utils.write_json(folder / "config.json", config)
-    return folder
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,12 +1,8 @@
-"""What both command lines share: arguments, errors, devices, processes, whole files and pictures.
-
-It knows no other file of the project: class names and colours arrive as arguments.
-"""
+"""What both command lines share: arguments, errors, devices, processes, whole files and pictures."""
 import argparse
 import contextlib
 import csv
 import io
-import json
 import math
 import os
 import re
@@ -31,7 +27,7 @@ if TYPE_CHECKING:  # imported where a picture is drawn: matplotlib can fail, and
 HAS_CUDA = torch.version.cuda is not None or torch.version.hip is not None
 NO_CUDA = f"torch {torch.__version__} is built without CUDA; for a GPU see README's Install"
 PASCAL_REMEDY = "pip install torch==2.7.1 torchvision==0.22.1"  # the last with kernels for sm_50 to sm_70
-RENAME_SECONDS = 5.0  # how long a rename is tried: on Windows scanners hold files for a moment
+RENAME_TRIES = 50  # a tenth of a second apart: on Windows scanners hold files for a moment
 
 
 class UserError(Exception):
@@ -39,7 +35,6 @@ class UserError(Exception):
 
 
 # --- Command line -------------------------------------------------------------------------------------------
-
 
 class ArgumentParser(argparse.ArgumentParser):
     """argparse without abbreviations, of anything that str() makes; an error is one line and status 2."""
@@ -54,27 +49,24 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
-def whole_number(lowest: int, highest: float = math.inf, multiple: int = 1) -> Callable[[str], int]:
+def whole_number(lowest: int, highest: int = 10**9, multiple: int = 1) -> Callable[[str], int]:
     """An argparse type: multiples of a number from `lowest` to `highest`."""
-    kind = f"multiple of {multiple}" if multiple > 1 else "whole number"
-    limit = f", at most {highest}" if highest < math.inf else ""
-
     def parse(text: str) -> int:
         with contextlib.suppress(ValueError):
             if lowest <= int(text) <= highest and int(text) % multiple == 0:
                 return int(text)
-        raise argparse.ArgumentTypeError(f"{text}: expected a {kind} of {lowest} or more{limit}")
+        kind = f"multiple of {multiple}" if multiple > 1 else "whole number"
+        raise argparse.ArgumentTypeError(f"{text}: expected a {kind} of {lowest} to {highest}")
 
     return parse
 
 
 def positive_float(text: str) -> float:
     """An argparse type: numbers above 0 that float32 holds."""
-    limits = torch.finfo(torch.float32)
     with contextlib.suppress(ValueError):
-        if limits.tiny <= float(text) <= limits.max:
+        if 1e-37 < float(text) < 1e38:
             return float(text)
-    raise argparse.ArgumentTypeError(f"{text}: expected a number above 0 that float32 holds, such as 0.001")
+    raise argparse.ArgumentTypeError(f"{text}: expected a number above 0, such as 0.001")
 
 
 def file_path(text: str) -> Path:
@@ -95,8 +87,7 @@ def device_name(text: str) -> str:
 def one_line_errors(at_stop: str) -> Iterator[None]:
     """Around a main(): what the user can put right, and a signal to stop, end in one line on stderr.
 
-    Status 1, or 128 + the signal's number. The line ends with the error's __notes__, which say how to go on,
-    or at a signal with `at_stop`.
+    Status 1, or 128 + the signal's number. The error's __notes__, or `at_stop`, say how to go on.
     """
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt(number)
@@ -131,8 +122,7 @@ def describe_error(error: BaseException) -> str | None:
     if isinstance(error, (UserError, OSError)):
         return text
     if isinstance(error, MemoryError) or re.search("out of memory|allocate memory|not enough memory", text):
-        return ("memory ran out; try a smaller --batch_size or --image_size, --no_cache, or again without "
-                "other programs there")
+        return "memory ran out; try a smaller --batch_size or --image_size, --no_cache, or fewer programs"
     if dist.is_initialized() and re.search("closed by peer|reset by peer|Broken pipe", text):  # gloo's
         return "another process of this job ended; its line says why"
     return None
@@ -149,11 +139,6 @@ def say(message: str = "", stream_name: str = "stdout") -> None:
         setattr(sys, stream_name, None)
 
 
-def progress_bar(*args, disable: bool = False, **options) -> tqdm:
-    """tqdm on the terminal, gone when finished; nothing where stderr is none."""
-    return tqdm(*args, leave=False, disable=disable or not (sys.stderr and sys.stderr.isatty()), **options)
-
-
 def first_line(error: BaseException) -> str:
     """What an error says, short enough for a line of the log."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
@@ -166,9 +151,8 @@ def counted(number: int, noun: str) -> str:
 
 # --- Devices and processes ----------------------------------------------------------------------------------
 
-
 def is_torchrun() -> bool:
-    """Whether torchrun's whole set of variables stands; a stray RANK of a scheduler does not count."""
+    """Whether torchrun's whole set of variables stands; a scheduler's stray RANK does not count."""
     numbers = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
     return "MASTER_ADDR" in os.environ and all(number.isdecimal() for number in numbers)
 
@@ -251,18 +235,15 @@ def select_amp(choice: str, device: torch.device) -> tuple[torch.dtype | None, s
     major, minor = torch.cuda.get_device_capability(device)
     if major >= 8:
         return torch.bfloat16, f"compute capability {major}.{minor} has bf16"
-    if " GTX 16" in torch.cuda.get_device_name(device):  # 7.5 as well, but without tensor cores
-        return None, "GTX 16xx is known for NaN in fp16"
-    if major == 7:
+    if major == 7 and " GTX 16" not in torch.cuda.get_device_name(device):  # 7.5 without tensor cores
         return torch.float16, f"compute capability {major}.{minor} has fp16 tensor cores and no bf16"
-    return None, f"compute capability {major}.{minor} runs fp16 convolutions slower than float32"
+    return None, "fp16 is slower than float32 on this card, or known for NaN"
 
 
 def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """Whether the CPU multiplies bf16 natively; elsewhere torch emulates it, 10 times slower than float32."""
-    with contextlib.suppress(OSError):  # not Linux
-        return re.search(r"^flags.* (amx_bf16|avx512_bf16)\b", cpuinfo.read_text(), re.MULTILINE) is not None
-    return False
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""  # not Linux
+    return re.search(r"^flags.* (amx_bf16|avx512_bf16)\b", text, re.MULTILINE) is not None
 
 
 @dataclass(frozen=True)
@@ -298,10 +279,15 @@ class Runtime:
         return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None,
                               cache_enabled=False)
 
-    def log(self, message: str = "") -> None:
-        """Print on rank 0, at once, so that a log file can be followed."""
+    def log(self, message: str) -> None:
+        """Print on rank 0."""
         if self.rank == 0:
             say(message)
+
+    def progress(self, what: str, total: int, unit: str = "image") -> tqdm:
+        """A bar on rank 0's terminal, gone when finished; nothing where stderr is none."""
+        shown = self.rank == 0 and sys.stderr and sys.stderr.isatty()
+        return tqdm(desc=what, total=total, unit=unit, leave=False, disable=not shown)
 
     def __str__(self) -> str:
         cuda = self.device.type == "cuda"
@@ -312,7 +298,6 @@ class Runtime:
 
 
 # --- Whole files --------------------------------------------------------------------------------------------
-
 
 def write_file(path: str | Path, content: bytes | memoryview) -> None:
     """Write a file under a temporary name and rename it: it, or what was there, is whole at every moment.
@@ -327,23 +312,16 @@ def write_file(path: str | Path, content: bytes | memoryview) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())  # else a power cut may find the name on the disk without the bytes
-        deadline = time.monotonic() + RENAME_SECONDS
-        while temporary.exists():
-            try:
-                os.replace(temporary, path)
-            except PermissionError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.1)
+        for _ in range(RENAME_TRIES):
+            with contextlib.suppress(PermissionError):
+                return os.replace(temporary, path)
+            time.sleep(0.1)
+        os.replace(temporary, path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error  # a write alone names no file
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)  # still there after an error or Ctrl-C
-
-
-def write_json(path: str | Path, content: dict) -> None:
-    write_file(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def write_checkpoint(path: str | Path, checkpoint: dict) -> None:
@@ -365,7 +343,6 @@ def write_csv(path: str | Path, rows: Sequence[dict]) -> None:
 
 # --- Pictures -----------------------------------------------------------------------------------------------
 
-
 def write_picture(path: str | Path, draw: Callable[["Figure"], None]) -> None:
     """Let `draw` fill a figure and write it as a PNG. It may raise anything that matplotlib does."""
     backend = os.environ.pop("MPLBACKEND", None)  # a notebook's, which may be missing here; none is needed
@@ -381,7 +358,7 @@ def write_picture(path: str | Path, draw: Callable[["Figure"], None]) -> None:
 
 
 def draw_curves(figure: "Figure", history: Sequence[dict], image_size: int) -> None:
-    """Loss and dice over the epochs, a panel each with training and validation, from history.csv's rows."""
+    """Loss and dice over the epochs, in training and validation, from history.csv's rows."""
     figure.set_size_inches(8, 3.6)
     epochs = [row["epoch"] for row in history]
     panels = {"loss": "cross entropy per pixel", "dice": "dice (pixel accuracy)"}

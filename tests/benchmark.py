@@ -38,6 +38,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.models.segmentation import lraspp_mobilenet_v3_large
+from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts lie flat in the repository's root
 
@@ -244,7 +245,7 @@ class Setup:
         assert n_images <= len(self.splits["train"])
 
         def work() -> int:
-            bar = utils.progress_bar(disable=True)
+            bar = tqdm(disable=True)
             train.train_one_epoch(trainer, self.batches(batch_size, n_images), bar)
             return n_images
 

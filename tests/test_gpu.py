@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tqdm.auto import tqdm
 
 import dataset
 import predict
 import train
-import utils
 from conftest import FORKSERVER, HEIGHT, hurry, make_trainer, rows_of
 from draw_demo import write_scenes
 
@@ -140,7 +140,7 @@ def test_the_host_does_not_wait_in_a_step(many_scenes, finetune):
     trainer.generator = torch.Generator("cuda").manual_seed(3) if finetune else None
     paths, _ = dataset.list_composites(many_scenes / "train")
     split = dataset.Split(paths, 64, 20, resize_labels=True, n_threads=2)
-    split.keep(trainer.make_inputs, trainer.runtime.device, utils.progress_bar(disable=True))
+    split.keep(trainer.make_inputs, trainer.runtime.device, tqdm(disable=True))
     batches = split.batches([[i, i + 1] for i in range(0, N_IMAGES, 2)], trainer.runtime.device)
     for _ in range(train.GRAPH_WARMUP + 1):
         trainer.step(*next(batches))

@@ -103,15 +103,15 @@ def refuse(number, only=""):
 
 
 @pytest.mark.parametrize("flag, value, expected", [
-    ("--seed", "-1", "whole number of 0 or more"),
-    ("--image_size", "32", "multiple of 32 of 64 or more"),
-    ("--image_size", "100", "multiple of 32 of 64 or more"),
-    ("--image_size", "320000", "at most 8192"),
-    ("--batch_size", "2.5", "whole number of 1 or more"),
-    ("--num_epochs", "", "whole number of 1 or more"),
-    ("--num_classes", "21", "whole number of 2 or more, at most 20"),
+    ("--seed", "-1", "whole number of 0 to"),
+    ("--image_size", "32", "multiple of 32 of 64 to 8192"),
+    ("--image_size", "100", "multiple of 32 of 64 to 8192"),
+    ("--image_size", "320000", "of 64 to 8192"),
+    ("--batch_size", "2.5", "whole number of 1 to"),
+    ("--num_epochs", "", "whole number of 1 to"),
+    ("--num_classes", "21", "whole number of 2 to 20"),
     ("--learning_rate", "nan", "above 0"),
-    ("--learning_rate", "1e39", "above 0 that float32 holds"),
+    ("--learning_rate", "1e39", "above 0"),
     ("--amp", "fp8", "bf16"),
     ("--device", "toaster", "auto, cpu, cuda, cuda:N or mps"),
     ("--best_by", "loss", "mean_iou"),
@@ -242,7 +242,7 @@ def test_the_same_command_works_once_the_composite_is_whole_again(own_tiny, tiny
 
 def test_fewer_classes_than_the_labels_hold(tiny, tmp_path, fails):
     argv = arguments(tiny, tmp_path / "run", "--num_classes", 2)
-    fails(train.main, argv, "1.jpg", "class id", "expected ids below --num_classes 2")
+    fails(train.main, argv, "1.jpg", "class id", "not below --num_classes 2")
 
 
 # --- Checkpoints --------------------------------------------------------------------------------------------
@@ -602,8 +602,8 @@ def test_a_new_best_epoch_makes_the_report_on_the_one_before_void(run, monkeypat
 def lower_the_best(run, figure):
     """Let the best epoch so far have had this figure; no epoch beats 2, each beats -0.5."""
     last, best = load(run / "last.pth"), load(run / "best.pth")
-    last["history"][0]["val_dice"] = best["best"]["figure"] = figure
-    edit(run / "last.pth", history=last["history"])
+    last["history"][0]["val_dice"] = last["best"]["figure"] = best["best"]["figure"] = figure
+    edit(run / "last.pth", history=last["history"], best=last["best"])
     edit(run / "best.pth", best=best["best"])
 
 

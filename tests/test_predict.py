@@ -220,7 +220,7 @@ def test_masks_have_the_names_and_colours_of_the_checkpoint(photos, run, other_t
 
 def test_composites_of_another_class_table_are_refused(scenes, other_table, tmp_path, fails):
     argv = [scenes / "val", "--composite", "--checkpoint", other_table, "--output", tmp_path / "masks"]
-    fails(predict.main, argv, "class 3 is house", "(255, 0, 200)", "in CLASSES of dataset.py it is "
+    fails(predict.main, argv, "class 3 is house", "(255, 0, 200)", "in dataset.py it is "
           f"{dataset.CLASSES[3].name} {dataset.CLASSES[3].color}")
     assert not (tmp_path / "masks").exists()
 

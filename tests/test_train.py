@@ -617,7 +617,7 @@ def test_the_rank_that_meets_a_problem_says_it(own_scenes, tmp_path):
     (own_scenes / "train" / "2.jpg").write_bytes(b"damaged")  # rank 1's share
     statuses, logs = run_ranks(train.main, arguments(own_scenes, tmp_path / "run"), 2, tmp_path)
     assert statuses == [1, 1] and not (tmp_path / "run").exists()
-    assert "error: [rank 1]" in logs[1] and "2.jpg cannot be read as an image" in logs[1]
+    assert "error: [rank 1]" in logs[1] and "2.jpg: cannot identify image" in logs[1]
     assert "error: [rank 0] another process of this job ended; its line says why" in logs[0]
     assert "Traceback" not in logs[0] + logs[1]
 

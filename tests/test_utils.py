@@ -32,7 +32,7 @@ def parse(*argv):
 
 @pytest.mark.parametrize("argv, message", [
     (["--siz", "64"], "--siz"),  # no abbreviations: tomorrow's flag may begin alike
-    (["--size", "100"], "100: expected a multiple of 32 of 64 or more, at most 8192"),
+    (["--size", "100"], "100: expected a multiple of 32 of 64 to 8192"),
     (["--rate", "nan"], "nan: expected a number above 0"),
     (["--device", "gpu"], "gpu: expected auto, cpu, cuda, cuda:N or mps"),
     (["--folder", ""], "is empty"),
@@ -174,7 +174,7 @@ def test_a_failed_write_leaves_the_previous_file_whole_and_names_it(step, tmp_pa
     path = tmp_path / "last.pth"
     utils.write_file(path, b"old")
     monkeypatch.setattr(os, step, Mock(side_effect=PermissionError(13, "Permission denied")))
-    monkeypatch.setattr(utils, "RENAME_SECONDS", 0.0)
+    monkeypatch.setattr(utils, "RENAME_TRIES", 0)
     with pytest.raises(OSError, match="Permission denied.*last.pth"):
         utils.write_file(path, b"new")
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["last.pth"]
