@@ -1,11 +1,10 @@
 """The loss, and segmentation figures that all derive from one confusion matrix over a whole split.
 
-The matrix is summed on the device and read once at the end, so there is no average of batch averages, and any
-division of a split into batches or ranks gives the same figures.
+Any division of a split into batches or ranks gives the same figures: there is no average of averages.
 """
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,11 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:  # imported where a picture is drawn
-    from matplotlib.figure import Figure
-
 BACKGROUND = 0  # the class that the official Cityscapes scoring leaves out
-LOSS = "cross entropy + soft Dice"  # what segmentation_loss is; a change of it needs another name
 MAX_COUNT = 2**24  # float32 counts exactly up to here
 
 
@@ -34,8 +29,7 @@ class SegmentationLoss(torch.autograd.Function):
         planes = logits.to(torch.float32, memory_format=torch.contiguous_format, copy=True)  # (B, C, H, W)
         index = labels.long()[:, None]  # (B, 1, H, W)
         true_logits, top = planes.gather(1, index), planes.amax(1, keepdim=True)
-        # As argmax, which takes a CPU longer: of equal ones, which bf16 often has, the first, so here the
-        # highest of C, C - 1, ...
+        # As argmax, which takes a CPU longer: of equal ones the first, so here the highest of C, C - 1, ...
         ranks = torch.arange(C, 0, -1, dtype=torch.uint8, device=planes.device).view(1, C, 1, 1)
         predictions = C - ((planes == top) * ranks).amax(1).clamp_(min=1)  # NaN is no maximum
         sums = planes.sub_(top).exp_().sum(1, keepdim=True)
@@ -72,11 +66,8 @@ def soft_dice_loss(softmax: Tensor, confidence: Tensor, counted: Tensor, index: 
 
     softmax is float32 (B, C, H, W), confidence what it holds for the true classes, (B, 1, H, W), which the
     index names, int64; counted is 1, or 0 where a pixel does not count and the others are 0 too. Ranks count
-    together: they take the step of one with all their images.
-
-    Returns:
-        the loss; the pixels of each class, (C,); the loss's derivatives by a probability of each class, (C,);
-        and what those of the true classes have beside that, times the probability, (B, 1, H, W).
+    together. Returns the loss; the pixels of each class, (C,); the loss's derivatives by a probability of
+    each class, (C,); and what those of the true classes have beside that, times the probability.
     """
     B, C, H, W = softmax.shape
 
@@ -106,14 +97,12 @@ def segmentation_loss(logits: Tensor, labels: Tensor,
                       ignore_background: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Loss of logits (B, C, H, W) of any float dtype and integer labels (B, H, W), in float32.
 
-    Cross entropy sees pixels, and so hardly sees a rare class; the Dice of each class in the batch, of
-    probabilities in the place of predictions, counts as much for a small one (after Milletari et al., 2016,
-    arXiv:1606.04797, and for the sum Isensee et al., 2018, arXiv:1809.10486). Pixels of id 0 teach nothing
-    if they are to be ignored.
+    Cross entropy hardly sees a rare class; the Dice of each class in the batch counts as much for a small one
+    (after Milletari et al., 2016, arXiv:1606.04797, and for the sum Isensee et al., 2018, arXiv:1809.10486).
+    Pixels of id 0 teach nothing if they are to be ignored.
 
-    Returns:
-        mean cross entropy per pixel + 1 - mean soft Dice of the classes present, to be differentiated once;
-        the mean cross entropy alone; and predictions uint8 (B, H, W), equal to logits.argmax(1).
+    Returns mean cross entropy per pixel + 1 - mean soft Dice of the classes present, to be differentiated
+    once; the mean cross entropy alone; and predictions uint8 (B, H, W), equal to logits.argmax(1).
     """
     return SegmentationLoss.apply(logits, labels, ignore_background)
 
@@ -123,8 +112,8 @@ def score_stretched(logits: Tensor, size: tuple[int, int], labels: Tensor | None
                     ignore_background: bool = False) -> tuple[Tensor, Tensor | None]:
     """Stretch one image's logits (C, h, w) bilinearly to `size`, (H, W), and take each pixel's best class.
 
-    Class by class: all logits of a photo of 12 megapixels would take a gigabyte. Returns predictions uint8
-    (H, W), and the mean cross entropy per pixel of `labels`, uint8 (H, W), or None.
+    Class by class: all logits of 12 megapixels would take a gigabyte. Returns predictions uint8 (H, W), and
+    the mean cross entropy per pixel of `labels`, uint8 (H, W), or None.
     """
     best = torch.full(size, -math.inf, device=logits.device)
     predictions = torch.zeros(size, dtype=torch.uint8, device=logits.device)
@@ -145,11 +134,8 @@ def score_stretched(logits: Tensor, size: tuple[int, int], labels: Tensor | None
 class SegmentationMetrics:
     """Confusion matrix of a split, rows truth and columns prediction, and the figures that follow from it.
 
-    Args:
-        n_classes: ids are below this.
-        device: where update() gets its tensors.
-        score_background: id 0 is a class like any other; else pixels of it count in dice and mean_dice alone.
-        ignore_background: they count nowhere.
+    Ids are below n_classes; update() gets its tensors on the device. Unless score_background says that id 0
+    is a class like any other, pixels of it count in dice and mean_dice alone, or nowhere if they are ignored.
     """
 
     def __init__(self, n_classes: int, device: torch.device | str = "cpu", score_background: bool = False,
@@ -172,9 +158,8 @@ class SegmentationMetrics:
         Its `loss` is the mean per pixel. ValueError if the shapes differ or a tensor holds no integers.
         """
         if predictions.shape != labels.shape or predictions.is_floating_point() or labels.is_floating_point():
-            raise ValueError(f"expected integer predictions and labels of one shape, got {predictions.dtype} "
-                             f"{tuple(predictions.shape)} and {labels.dtype} {tuple(labels.shape)}; "
-                             "pass logits.argmax(1)")
+            raise ValueError(f"expected integers of one shape, as of argmax(1), got {predictions.dtype} "
+                             f"{[*predictions.shape]} and {labels.dtype} {[*labels.shape]}")
         n_cells = self.n_classes**2
         for cells in (labels.int() * self.n_classes + predictions).flatten().split(MAX_COUNT):
             if cells.is_cuda:  # bincount would make the host wait, index_add_ queue at a few cells
@@ -227,14 +212,12 @@ class SegmentationMetrics:
         """
         confusion, per_class = self.counted(), self.per_class()
         hits, first = confusion.diag(), 0 if self.score_background else 1
-        figures = {
-            "dice": hits.sum() / confusion.sum(),
-            "mean_dice": per_class["dice"].nanmean(),
-            "mean_iou": per_class["iou"].nanmean(),
-            "pixel_accuracy": hits[first:].sum() / confusion[first:].sum(),
-            "class_accuracy": per_class["accuracy"][first:].nanmean(),
-            "loss": self.loss_sums[0] / self.loss_sums[1],
-        }
+        figures = {"dice": hits.sum() / confusion.sum(),
+                   "mean_dice": per_class["dice"].nanmean(),
+                   "mean_iou": per_class["iou"].nanmean(),
+                   "pixel_accuracy": hits[first:].sum() / confusion[first:].sum(),
+                   "class_accuracy": per_class["accuracy"][first:].nanmean(),
+                   "loss": self.loss_sums[0] / self.loss_sums[1]}
         return {name: float(value) for name, value in figures.items()}
 
     def rows(self, names: Sequence[str]) -> list[dict]:
@@ -254,8 +237,8 @@ class SegmentationMetrics:
         figures = "  ".join(f"{name} {value:.4f}" for name, value in self.compute().items())
         return "\n".join([*lines, "", figures])
 
-    def draw(self, figure: "Figure", names: Sequence[str]) -> None:
-        """The confusion matrix, rows in percent of their pixels, blank for classes that do not occur."""
+    def draw(self, figure: Any, names: Sequence[str]) -> None:
+        """The confusion matrix on a matplotlib Figure, rows in percent, blank where a class is absent."""
         confusion = self.counted()
         shares = (100 * confusion / confusion.sum(1, keepdim=True)).numpy()  # 0 / 0 is NaN
         side = 2.2 + 0.36 * len(names)
@@ -266,9 +249,8 @@ class SegmentationMetrics:
             if share >= 0.5:  # a cell of 0% says more as a blank
                 axes.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=7.5,
                           color="white" if share > 55 else "black")
-        plain = {"parse_math": False}  # a $ in a name is a dollar
-        axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor", **plain)
-        axes.set_yticks(range(len(names)), names, **plain)
+        axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(len(names)), names)
         axes.set(xlabel="prediction", ylabel="truth", title="Where each class's pixels went, % of the row")
         axes.spines[:].set_visible(False)
         figure.colorbar(picture, ax=axes, shrink=0.6, label="% of the true class's pixels")

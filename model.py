@@ -171,7 +171,6 @@ def fold_batch_norms(network: EfficientSegNet) -> EfficientSegNet:
 
 # --- Weights and checkpoints --------------------------------------------------------------------------------
 
-
 def load_features(encoder_weights: str | Path | None) -> nn.Sequential:
     """efficientnet_b0().features of torchvision, with weights and errors as EfficientSegNet says."""
     choice = str(encoder_weights)

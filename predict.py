@@ -39,8 +39,7 @@ class Segmenter:
         image_size: for a state_dict that does not say, in pixels, a multiple of 32; 256 if left out.
         flip: average the logits with those of the mirrored photo, in twice the network's time.
     Raises:
-        model.WeightsError: the checkpoint cannot be used.
-        utils.UserError: the device cannot be used, or the checkpoint says another image size.
+        utils.UserError: checkpoint or device cannot be used, or the checkpoint says another image size.
     """
 
     def __init__(self, checkpoint: str | Path, device: str = "auto", *,
@@ -67,12 +66,7 @@ class Segmenter:
     @torch.inference_mode()
     def __call__(self, photo: Image.Image | np.ndarray) -> np.ndarray:
         """A PIL image, or RGB as a uint8 array (H, W, 3), to the upright photo's class ids, uint8 (H, W)."""
-        if isinstance(photo, Image.Image):
-            photo = dataset.to_rgb(photo)
-        elif photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3 or not photo.size:
-            raise ValueError(f"expected a uint8 array (H, W, 3), got {photo.dtype} {photo.shape}")
-        else:
-            photo = Image.fromarray(photo)
+        photo = dataset.to_rgb(photo if isinstance(photo, Image.Image) else Image.fromarray(photo))
         square = photo.resize((self.image_size, self.image_size), Image.Resampling.BILINEAR)
         images = torch.from_numpy(np.array(square)[None]).to(self.runtime.device)
         inputs = dataset.normalize(images.permute(0, 3, 1, 2))  # (1, 3, S, S)
@@ -92,7 +86,6 @@ class Segmenter:
 
 # --- Command line -------------------------------------------------------------------------------------------
 
-
 def get_args_parser() -> utils.ArgumentParser:
     parser = utils.ArgumentParser(description="Segment photos with a trained checkpoint.", epilog="""examples:
   python predict.py photo.jpg --output mask.png
@@ -103,14 +96,12 @@ def get_args_parser() -> utils.ArgumentParser:
         help="any size and mode that Pillow reads in 8 bits; folders are read with their subfolders")
     add("--checkpoint", type=utils.file_path, metavar="FILE",
         help="best.pth or a bare state_dict; the newest runs/*/best.pth if left out")
-    add("--output", type=utils.file_path, default=Path("masks"), metavar="FILE_OR_FOLDER",
-        help="a .png file for one photo, else a folder that gets NAME.png for each (%(default)s); only files "
-             "that predict.py wrote are replaced")
+    add("--output", type=utils.file_path, default="masks", metavar="FILE_OR_FOLDER",
+        help="a .png for one photo, else a folder (%(default)s); only own files are replaced")
     add("--overlay", action="store_true", help="also save NAME_overlay.png, the mask over the photo")
     add("--composite", action="store_true", help="of composites: score the left half against the right one")
     add("--flip", action="store_true", help="average with the mirrored photo, in twice the time")
-    add("--device", type=utils.device_name, default="auto", metavar="auto|cpu|cuda|cuda:N|mps",
-        help="auto (if left out) prefers a GPU")
+    add("--device", type=utils.device_name, default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--image_size", type=utils.whole_number(64, 8192, multiple=32), metavar="PIXELS",
         help=f"the network's input, for a checkpoint that does not say; {DEFAULT_IMAGE_SIZE} if left out")
     return parser
@@ -175,8 +166,7 @@ def check_outputs(outputs: Iterable[Path]) -> None:
     for output in outputs:
         other = seen.setdefault(str(output).casefold(), output)
         if other is not output:
-            raise UserError(f"two outputs would be one file, {other} and {output}; rename a photo, or "
-                            "segment them apart")
+            raise UserError(f"two outputs would be one file, {other} and {output}; rename a photo")
         if output.exists() and not is_own(output):
             raise UserError(f"{output} is there, not written by predict.py; choose another --output")
 
@@ -199,10 +189,7 @@ def read_sample(path: Path, composite: bool, n_classes: int) -> tuple[Image.Imag
 
 def draw_overlay(photo: Image.Image, predictions: np.ndarray, names: Sequence[str],
                  palette: np.ndarray) -> Image.Image:
-    """The class colours blended over a photo, with a legend of the classes present below it.
-
-    The photo is RGB, the predictions are uint8 (H, W), the palette is uint8 (n_classes, 3).
-    """
+    """The colours of predictions, uint8 (H, W), over an RGB photo, and a legend of their classes below."""
     blended = Image.blend(photo, Image.fromarray(palette[predictions]), alpha=0.55)
     W, H = blended.size
     present, font = np.unique(predictions), ImageFont.load_default(size=max(11, min(W, 1600) // 45))
@@ -232,8 +219,8 @@ def write_own(path: Path, image: Image.Image) -> None:
 def segment_all(segmenter: Segmenter, photos: Sequence[Path], masks: Sequence[Path],
                 overlays: dict[Path, Path], composite: bool) -> None:
     """Write each photo's mask, and the overlay of that, with a line each; UserError for what was skipped."""
-    total, problems, started = segmenter.make_scores(), [], time.monotonic()
-    names = segmenter.class_names
+    total, names = segmenter.make_scores(), segmenter.class_names
+    problems, started = [], time.monotonic()
     read = partial(read_sample, composite=composite, n_classes=segmenter.n_classes)
     n_cores = utils.available_cpus()
     samples = dataset.in_threads(read, photos, n_cores, n_ahead=n_cores)
@@ -251,8 +238,7 @@ def segment_all(segmenter: Segmenter, photos: Sequence[Path], masks: Sequence[Pa
         write_own(mask_path, mask)
         if mask_path in overlays:
             try:
-                picture = draw_overlay(photo, predictions, names, segmenter.palette)
-                write_own(overlays[mask_path], picture)
+                write_own(overlays[mask_path], draw_overlay(photo, predictions, names, segmenter.palette))
             except Exception as error:  # a picture ends no run
                 problems.append(f"{path}: no overlay ({utils.first_line(error)})")
                 utils.say(problems[-1])
@@ -265,6 +251,7 @@ def segment_all(segmenter: Segmenter, photos: Sequence[Path], masks: Sequence[Pa
             total.confusion += scores.confusion
             line = SCORES.format(**scores.compute()) + f"; {line}"
         utils.say(f"{path} -> {mask_path}: {line}")
+    bar.close()
     if composite and total.confusion.any():
         utils.say(f"All composites together: {SCORES.format(**total.compute())}")
     rate = len(photos) / (time.monotonic() - started)

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import json
 import math
-import platform
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-import torchvision
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler
 from tqdm.auto import tqdm
@@ -42,7 +40,6 @@ ENCODER_LEARNING_RATE = 0.3  # of the decoders', for --finetune_encoder: its fea
 WARMUP = 0.05  # of all steps: fresh decoders behind trained features get large, useless gradients at first
 AVERAGED = 0.3  # share of the steps so far: the average settles, so the learning rate need not fall
 EVALUATION_BATCH = {"cpu": 4, "cuda": 16, "mps": 16}  # at 256x256; larger ones leave a CPU's caches
-PREDICTION_SAMPLES = 4  # rows of predictions.png
 BAR_SECONDS = 1.0  # how often the host waits for the device to show loss and dice
 GRAPH_WARMUP = 3  # steps before a CUDA graph is captured: cuDNN chooses kernels, AdamW makes its state
 NO_BEST = {"epoch": 0, "figure": -1.0, "confusion": None, "loss_sums": None}
@@ -115,8 +112,7 @@ def parse_args(argv: Sequence[str] | None) -> tuple[Namespace, dict | None]:
     if useless:
         how = "with" if "evaluate" in given else "without"
         parser.error(f"--{min(useless)} changes nothing {how} --evaluate; leave it out")
-    auto = given.get("resume") == Path("auto")
-    if auto:
+    if auto := given.get("resume") == Path("auto"):
         if "output_dir" not in given:
             parser.error("--resume auto goes on with the last.pth in --output_dir; name that folder")
         last = given["output_dir"] / "last.pth"
@@ -135,8 +131,8 @@ def parse_args(argv: Sequence[str] | None) -> tuple[Namespace, dict | None]:
     args.data_dir = Path(args.data_dir)
     args.continues = bool(args.resume) and args.resume.resolve().name == "last.pth"
     if args.ignore_background and args.score_background:
-        raise UserError("--ignore_background: SCORE_BACKGROUND of dataset.py or the checkpoint says that "
-                        "class 0 counts; leave the flag out, or set it to False for a new run")
+        raise UserError("--ignore_background: SCORE_BACKGROUND of dataset.py or the checkpoint is True; "
+                        "leave the flag out")
     if checkpoint:
         check_checkpoint(checkpoint, path, args)
     return args, checkpoint
@@ -152,8 +148,8 @@ def check_checkpoint(checkpoint: dict, path: Path, args: Namespace) -> None:
     if not args.continues:
         return
     if "measured_on" not in config or "optimizer" not in checkpoint:
-        raise UserError(f"--resume {path}: no run to continue, or one of an older version of this program; "
-                        "start a new run from its weights: --resume the best.pth beside it")
+        raise UserError(f"--resume {path}: of an older version of this program; start a new run from its "
+                        "weights: --resume the best.pth beside it")
     n_done, folder = checkpoint["epoch"], path.resolve().parent
     if n_done >= args.num_epochs and all((folder / name).exists() for name in RUN_FILES):
         message = f"--resume {path}: its {counted(n_done, 'epoch')} are done; pass more --num_epochs to go on"
@@ -166,16 +162,12 @@ def check_checkpoint(checkpoint: dict, path: Path, args: Namespace) -> None:
 # --- Data ---------------------------------------------------------------------------------------------------
 
 def open_splits(names: Sequence[str], args: Namespace, runtime: Runtime) -> tuple[dict, dict]:
-    """This process's Split of train/ and val/, not read yet, and how many composites they hold in all.
-
-    A line names what else lies there. DatasetError without composites.
-    """
+    """This process's Split of each, not read yet, and how many composites they hold in all."""
     splits, counts = {}, {}
     for name in names:
         paths, others = dataset.list_composites(args.data_dir / name)
         if others:
-            runtime.log(f"Left out    {counted(len(others), 'file')} of kinds that are not read: {others[0]}"
-                        + ", ..." * (len(others) > 1))
+            runtime.log(f"Left out    {counted(len(others), 'file')} that are no images, such as {others[0]}")
         counts[name] = len(paths)
         splits[name] = Split(paths[runtime.rank :: runtime.world_size], args.image_size, args.num_classes,
                              resize_labels=name == "train", n_threads=args.num_workers)
@@ -217,12 +209,6 @@ def check_foreground(split: Split, name: str, runtime: Runtime) -> None:
 
 
 # --- One step -----------------------------------------------------------------------------------------------
-
-def learning_rate_factor(done: float) -> float:
-    """The share of --learning_rate in a step, from the share of all steps done with it, 0..1."""
-    # Averaged weights need no low rate in the end to settle (after Izmailov et al., 2018, arXiv:1803.05407).
-    return min(done / WARMUP, 1.0)
-
 
 def encode(network: nn.Module, images: Tensor, runtime: Runtime) -> list[Tensor]:
     """Features of images (B, 3, S, S) of 0..255."""
@@ -286,7 +272,8 @@ class Trainer:
         uint8 (B, S, S), all on the device.
         """
         self.steps_done += 1
-        factor = learning_rate_factor(self.steps_done / self.n_steps)
+        # Averaged weights need no low rate in the end (after Izmailov et al., 2018, arXiv:1803.05407).
+        factor = min(self.steps_done / self.n_steps / WARMUP, 1.0)
         self.learning_rate = self.peaks[0] * factor
         for group, peak in zip(self.optimizer.param_groups, self.peaks):
             group["lr"].fill_(peak * factor)
@@ -302,9 +289,8 @@ class Trainer:
         """What a step does on the device, from features and labels; if the encoder trains, from images."""
         *inputs, labels = tensors
         self.optimizer.zero_grad(set_to_none=True)
-        logits = compute_logits(self.network, inputs, self.runtime)
-        loss, cross_entropy, predictions = metrics.segmentation_loss(logits, labels,
-                                                                     self.scores.ignore_background)
+        logits, ignore = compute_logits(self.network, inputs, self.runtime), self.scores.ignore_background
+        loss, cross_entropy, predictions = metrics.segmentation_loss(logits, labels, ignore)
         self.scaler.scale(loss).backward()
         self.average_gradients()
         self.scaler.step(self.optimizer)
@@ -527,7 +513,7 @@ EPOCH_HEADER = "  ".join(["   epoch ", *COLUMNS, "   time", "   left"])
 
 
 def format_epoch(row: dict, num_epochs: int, is_best: bool) -> str:
-    """A line below EPOCH_HEADER for a row of the history; a star marks the best epoch so far."""
+    """A line below EPOCH_HEADER for a row of the history; a star marks the best so far."""
     cells = [f"{row['epoch']:>3}/{num_epochs:<4}{'*' if is_best else ' '}"]
     cells += [(format(row[name], spec) if name in row else "-").rjust(len(name))
               for name, spec in COLUMNS.items()]
@@ -550,11 +536,9 @@ def describe_run(args: Namespace, runtime: Runtime) -> dict:
         "val": {path.relative_to(folder).as_posix(): path.stat().st_size
                 for path in dataset.list_composites(folder)[0]}}
     settings = {name: value for name, value in vars(args).items() if name not in NOT_REMEMBERED}
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__),
-                "torchvision": torchvision.__version__}
+    machine = f"{runtime}, {counted(runtime.world_size, 'rank')}, torch {torch.__version__}"
     return {"settings": settings | {"data_dir": str(args.data_dir)}, "n_classes": args.num_classes, **table,
-            "mean": list(dataset.MEAN), "std": list(dataset.STD), "versions": versions,
-            "runtime": str(runtime), "world_size": runtime.world_size, "measured_on": measured_on}
+            "mean": dataset.MEAN, "std": dataset.STD, "machine": machine, "measured_on": measured_on}
 
 
 def choose_folder(args: Namespace) -> Path:
@@ -571,10 +555,7 @@ def choose_folder(args: Namespace) -> Path:
 
 
 def save_epoch(trainer: Trainer, folder: Path, config: dict, is_best: bool) -> None:
-    """Write what an epoch leaves, the pictures last. OSError if a checkpoint cannot be written.
-
-    best.pth goes before last.pth: after a kill between them the epoch is done again.
-    """
+    """Write what an epoch leaves, best.pth before last.pth: after a kill between them the epoch is redone."""
     state = trainer.state_dict()
     if is_best:
         for name in REPORT_FILES:  # what an earlier end of this run said of another best.pth
@@ -627,32 +608,24 @@ def report_best(trainer: Trainer, val: Split, folder: Path, config: dict) -> Non
     scores.confusion, scores.loss_sums = trainer.best["confusion"], trainer.best["loss_sums"]
     utils.say(f"\nbest.pth, of epoch {trainer.best['epoch']}, on val/:\n{scores.table(names)}")
 
+    @torch.inference_mode()
     def draw(figure: object) -> None:
         network = models.model_from_checkpoint(models.load_checkpoint(path), path).to(trainer.runtime.device)
-        samples = predict_samples(models.fold_batch_norms(network), val, trainer.runtime)
+        indices = np.linspace(0, len(val) - 1, min(4, len(val))).round().astype(int)
+        images, labels = next(val.load([indices.tolist()]))
+        logits = compute_logits(models.fold_batch_norms(network), [images], trainer.runtime)
+        samples = [(image, label.numpy(), metrics.score_stretched(one, label.shape)[0].cpu().numpy())
+                   for image, label, one in zip(images.permute(0, 2, 3, 1).numpy(), labels, logits)]
         utils.draw_predictions(figure, samples, names, dataset.project_decoder().colors)
 
     write_history(trainer, folder, config)  # where a kill came before it
     write_or_warn(utils.write_csv, folder / "per_class.csv", scores.rows(names))
     write_or_warn(utils.write_picture, folder / "confusion_matrix.png", partial(scores.draw, names=names))
     write_or_warn(utils.write_picture, folder / "predictions.png", draw)
-    written = [str(folder / name) for name in RUN_FILES if (folder / name).is_file()]
-    utils.say("\n  ".join(["\nWritten:", *written]))
     program = "predict.py" if Path("predict.py").exists() else Path(__file__).with_name("predict.py")
     val_dir = Path(config["settings"]["data_dir"], "val")
     command = f'python "{program}" "{val_dir}" --composite --overlay --checkpoint "{path}"'
     utils.say(f"\nMasks of val/:\n  {command}")
-
-
-@torch.inference_mode()
-def predict_samples(network: nn.Module, val: Split, runtime: Runtime) -> list[tuple]:
-    """(image, label, predictions) of a few samples spread over a split."""
-    indices = np.linspace(0, len(val) - 1, min(PREDICTION_SAMPLES, len(val))).round().astype(int)
-    images, labels = next(val.load([indices.tolist()]))
-    logits = compute_logits(network, [images], runtime).float()
-    predictions = [metrics.score_stretched(one, label.shape)[0].cpu() for one, label in zip(logits, labels)]
-    return [(image.permute(1, 2, 0).numpy(), label.numpy(), predicted.numpy())
-            for image, label, predicted in zip(images, labels, predictions)]
 
 
 # --- A whole run --------------------------------------------------------------------------------------------
@@ -701,8 +674,7 @@ def train_network(args: Namespace, checkpoint: dict | None, scores: metrics.Segm
             trainer.load_state_dict(checkpoint, checkpoint["epoch"] * plan.steps)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"--resume {args.resume}: its optimizer does not fit this run ({error}); leave "
-                            "the recipe's flags out, --finetune_encoder above all, or pass a best.pth to "
-                            "start anew") from error
+                            "the recipe's flags out, or pass a best.pth to start anew") from error
     keep_inputs(trainer, splits, args.no_cache)
     runtime.log(f"Training    {counted(plan.num_epochs, 'epoch')} of {counted(plan.steps, 'step')}, "
                 f"{plan.batch_size} x {runtime.world_size} = "

@@ -14,15 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm.auto import tqdm
-
-if TYPE_CHECKING:  # imported where a picture is drawn: matplotlib can fail, and ends no run
-    from matplotlib.figure import Figure
 
 HAS_CUDA = torch.version.cuda is not None or torch.version.hip is not None
 NO_CUDA = f"torch {torch.__version__} is built without CUDA; for a GPU see README's Install"
@@ -78,9 +75,9 @@ def file_path(text: str) -> Path:
 
 def device_name(text: str) -> str:
     """An argparse type: auto, cpu, cuda, cuda:N or mps."""
-    if re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", text, re.ASCII):
-        return text
-    raise argparse.ArgumentTypeError(f"{text}: expected auto, cpu, cuda, cuda:N or mps")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text}: expected auto, cpu, cuda, cuda:N or mps")
+    return text
 
 
 @contextlib.contextmanager
@@ -343,21 +340,18 @@ def write_csv(path: str | Path, rows: Sequence[dict]) -> None:
 
 # --- Pictures -----------------------------------------------------------------------------------------------
 
-def write_picture(path: str | Path, draw: Callable[["Figure"], None]) -> None:
-    """Let `draw` fill a figure and write it as a PNG. It may raise anything that matplotlib does."""
-    backend = os.environ.pop("MPLBACKEND", None)  # a notebook's, which may be missing here; none is needed
-    try:
-        from matplotlib.figure import Figure
-    finally:
-        if backend is not None:
-            os.environ["MPLBACKEND"] = backend
+def write_picture(path: str | Path, draw: Callable[[Any], None]) -> None:
+    """Let `draw` fill a matplotlib Figure, and write it as a PNG; raises whatever matplotlib does."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's may be missing here, and end matplotlib's import
+    from matplotlib.figure import Figure
+
     figure, buffer = Figure(layout="constrained"), io.BytesIO()
     draw(figure)
     figure.savefig(buffer, format="png", dpi=120)
     write_file(path, buffer.getbuffer())
 
 
-def draw_curves(figure: "Figure", history: Sequence[dict], image_size: int) -> None:
+def draw_curves(figure: Any, history: Sequence[dict], image_size: int) -> None:
     """Loss and dice over the epochs, in training and validation, from history.csv's rows."""
     figure.set_size_inches(8, 3.6)
     epochs = [row["epoch"] for row in history]
@@ -373,12 +367,11 @@ def draw_curves(figure: "Figure", history: Sequence[dict], image_size: int) -> N
     figure.legend(lines, labels, loc="outside lower center", ncols=2, frameon=False)  # covers no curve
 
 
-def draw_predictions(figure: "Figure", samples: Sequence[tuple], names: Sequence[str],
+def draw_predictions(figure: Any, samples: Sequence[tuple], names: Sequence[str],
                      palette: np.ndarray) -> None:
-    """Photo, truth and prediction of a few samples, a row each, above a legend of the classes that occur.
+    """Photo uint8 (h, w, 3), truth and prediction uint8 (H, W) of each sample, and a legend of their classes.
 
-    A sample is an image, uint8 (h, w, 3), with its label and predictions, uint8 (H, W) both. Each class has a
-    name and a row of the palette, uint8 (n_classes, 3).
+    Each class has a name and a row of the palette, uint8 (n_classes, 3).
     """
     from matplotlib.patches import Patch
 
@@ -392,6 +385,4 @@ def draw_predictions(figure: "Figure", samples: Sequence[tuple], names: Sequence
     for axes, title in zip(grid[0], ("photo", "truth", "prediction")):
         axes.set_title(title)
     handles = [Patch(facecolor=palette[i] / 255, edgecolor="0.3", label=names[i]) for i in present]
-    legend = figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
-    for text in legend.get_texts():
-        text.set_parse_math(False)  # a $ in a name is a dollar
+    figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, fontsize=9)

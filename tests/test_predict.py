@@ -143,10 +143,9 @@ def test_arrays_and_images_give_the_same_predictions(photo, checkpoint):
     assert predictions.dtype == np.uint8 and np.array_equal(predictions, segmenter(photo))
 
 
-@pytest.mark.parametrize("array", [np.zeros((4, 4, 3)), np.zeros((4, 4), np.uint8)], ids=["float", "grey"])
-def test_other_arrays_are_refused(array, checkpoint):
-    with pytest.raises(ValueError, match="uint8 array"):
-        Segmenter(checkpoint, "cpu")(array)
+def test_an_array_of_another_type_is_refused(checkpoint):
+    with pytest.raises(TypeError, match="Cannot handle this data type"):
+        Segmenter(checkpoint, "cpu")(np.zeros((4, 4, 3)))
 
 
 def test_bare_state_dicts_with_prefixes_predict_the_same_and_say_so(photos, run, weights, tmp_path, capsys):

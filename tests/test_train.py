@@ -193,7 +193,7 @@ def test_the_log_of_a_run_in_a_file_has_no_carriage_returns(scenes, tmp_path):
     assert process.exitcode == 0 and "\r" not in text, text
     lines = text.splitlines()
     assert [line.split()[0] for line in lines if "*" in line][0] == "1/2"
-    for word in ("Device", "825,108 trainable", "4 images a step", "traffic light", "last.pth"):
+    for word in ("Device", "825,108 trainable", "4 images a step", "traffic light", "best.pth"):
         assert word in text
     assert len(lines) < 60
 
@@ -226,21 +226,18 @@ def test_without_network_only_the_demo_goes_on(scenes, tmp_path, monkeypatch, fa
 # --- One step -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("progress, factor", [
-    (0, 0),
-    (train.WARMUP / 2, 0.5),
-    (train.WARMUP, 1),
-    ((1 + train.WARMUP) / 2, 1),
-    (1, 1),
-])
-def test_the_learning_rate_is_a_function_of_progress(progress, factor):
-    assert train.learning_rate_factor(progress) == pytest.approx(factor)
-
-
 def make_batch(n_images=2, size=64):
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(256, (n_images, 3, size, size), dtype=torch.uint8, generator=generator)
     return images, torch.randint(20, (n_images, size, size), dtype=torch.uint8, generator=generator)
+
+
+@pytest.mark.parametrize("step, factor", [(1, 0.2), (4, 0.8), (5, 1), (50, 1), (100, 1)])
+def test_the_learning_rate_rises_in_the_first_twentieth_and_stays(step, factor):
+    trainer, (images, labels) = make_trainer(), make_batch()
+    trainer.n_steps, trainer.steps_done = 100, step - 1
+    trainer.step([images], labels)
+    assert trainer.learning_rate == trainer.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * factor)
 
 
 @pytest.mark.parametrize("finetune", [False, True])
@@ -263,7 +260,7 @@ def test_a_step_is_adamw_on_the_loss_and_reports_cross_entropy(finetune):
     assert figures["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
     assert figures["dice"] == pytest.approx((logits.argmax(1) == labels).float().mean().item(), abs=1e-3)
     parts = [plain.decoder_parameters(), *([plain.encoder_parameters()] if finetune else [])]
-    rates = [1e-3 * train.learning_rate_factor(1 / 10), 1e-3 * train.ENCODER_LEARNING_RATE]
+    rates = [1e-3, 1e-3 * train.ENCODER_LEARNING_RATE]
     index = 0
     for parameters, rate in zip(parts, rates):
         for parameter in parameters:

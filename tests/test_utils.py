@@ -201,7 +201,7 @@ def test_the_legend_of_the_curves_covers_none_and_says_at_which_size_they_were_s
 def draw_in_a_notebook(path):
     """Body of a child process: predictions.png, of labels of another size than photos."""
     os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # which is not installed
-    names, palette = [f"class {i}" for i in range(19)] + ["$_$"], np.arange(60, dtype=np.uint8).reshape(20, 3)
+    names, palette = [f"class {i}" for i in range(20)], np.arange(60, dtype=np.uint8).reshape(20, 3)
     label = np.arange(20, dtype=np.uint8).reshape(4, 5)
     samples = [(np.zeros((8, 10, 3), np.uint8), label, label)] * 2
     utils.write_picture(path, lambda figure: utils.draw_predictions(figure, samples, names, palette))
