@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import BatchSampler
 from tqdm.auto import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from utils import UserError
 
@@ -37,7 +39,7 @@ class DatasetError(UserError):
 class SegmentationClass(NamedTuple):
     name: str
     color: tuple[int, int, int]
-    further: dict[str, tuple] = {}  # what counts as this class too, with its colours
+    further: dict[str, tuple] = MappingProxyType({})  # what counts as this class too, with its colours
     thin: bool = False  # mostly too thin to hold a pixel of its pure colour
 
 
@@ -70,10 +72,7 @@ LOSSLESS_FLAT = (3, 0)  # where no JPEG has blurred: 3x3 of one colour
 
 
 class LabelDecoder:
-    """Reads colour-coded labels that shrinking and JPEG have blurred, and finds colours of other tables.
-
-    DatasetError unless there are 2 to 60 classes, each colour an RGB triple of 0..255, none there twice.
-    """
+    """Reads colour-coded labels that shrinking and JPEG have blurred; DatasetError for an unsound table."""
 
     def __init__(self, classes: Sequence[SegmentationClass]) -> None:
         table = [(entry.name, entry.color, i, entry.thin) for i, entry in enumerate(classes)]
@@ -237,11 +236,11 @@ def decode_label(rgb: np.ndarray) -> np.ndarray:
 
 def check_classes(names: Sequence[str], colors: Sequence, owner: str | Path) -> None:
     """DatasetError if the class ids of a checkpoint, its `owner`, mean something else than here."""
-    here = [f"{entry.name} {tuple(entry.color)}" for entry in CLASSES]
-    for index, (name, color) in enumerate(zip(names, colors)):
-        there, known = f"{name} {tuple(color)}", here[index] if index < len(here) else "missing"
-        if there != known:
-            raise DatasetError(f"{owner}: its class {index} is {there}, in dataset.py it is {known}; restore "
+    here = [f"{entry.name} {tuple(entry.color)}" for entry in CLASSES] + ["missing"] * len(names)
+    there = [f"{name} {tuple(color)}" for name, color in zip(names, colors)]
+    for index, (one, other) in enumerate(zip(there, here)):
+        if one != other:
+            raise DatasetError(f"{owner}: its class {index} is {one}, in dataset.py it is {other}; restore "
                                "CLASSES as it was in training, or train anew")
 
 
@@ -602,10 +601,8 @@ def make_composites(triples: Sequence[tuple[Path, Path, Path]], output: Path, si
     if output.exists():
         raise DatasetError(f"--output {output} is there already; name a new folder")
     output.parent.mkdir(parents=True, exist_ok=True)
-    n_cores = os.cpu_count() or 1
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
-        results = in_threads(make_one, triples, n_cores, n_cores)
-        deque(tqdm(results, "Making composites", len(triples), unit="image", disable=None), maxlen=0)
+        thread_map(make_one, triples, max_workers=os.cpu_count(), desc="Making composites", disable=None)
         os.rename(Path(folder, "made"), output)
 
 
@@ -628,8 +625,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.exit(2, "dataset.py: error: name the Cityscapes folder alone, as it has its own val/, or both "
                        "--photos and --labels\n")
     val, seed = 0.1 if args.val is None else args.val, args.seed or 0
-    if not (2 <= args.size <= 8192 and 0 < val < 1 and seed >= 0):
-        parser.exit(2, "dataset.py: error: expected --size 2 to 8192, --val in 0 to 1, --seed 0 or more\n")
+    if not (32 <= args.size <= 8192 and 0 < val < 1 and seed >= 0):
+        parser.exit(2, "dataset.py: error: expected --size 32 to 8192, --val in 0 to 1, --seed 0 or more\n")
     try:
         city = args.cityscapes_dir
         triples = pair_cityscapes(city) if city else pair_folders(*own, val, seed)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -182,16 +181,17 @@ def keep_inputs(trainer: "Trainer", splits: dict[str, Split], no_cache: bool) ->
     like = trainer.make_inputs(torch.zeros((1, 3, size, size), dtype=torch.uint8))
     per_image = sum(one.nbytes for one in like)
     n_bytes = sum(len(split) * per_image + split.label_bytes() for split in splits.values())
-    cuda, device, how = runtime.device.type == "cuda", None, "read in every step"
-    if cuda and not no_cache and n_bytes <= GPU_SHARE * torch.cuda.mem_get_info(runtime.device)[0]:
+    cuda = runtime.device.type == "cuda"
+    if no_cache:
+        device, how = None, "read in every step"
+    elif cuda and n_bytes <= GPU_SHARE * torch.cuda.mem_get_info(runtime.device)[0]:
         device, how = runtime.device, "kept in GPU memory"
-    elif not no_cache and n_bytes <= HOST_SHARE * utils.free_memory():
+    elif n_bytes <= HOST_SHARE * utils.free_memory():
         device, how = torch.device("cpu"), "kept in host memory"
-    elif not no_cache:
-        how += ", for they do not fit into memory"
+    else:
+        device, how = None, "read in every step, for they do not fit into memory"
     what = "photos" if trainer.network.finetune_encoder else "features"
-    each = " in each process" if runtime.world_size > 1 else ""
-    runtime.log(f"Memory      {what} and labels, {n_bytes / 1e9:.2f} GB{each}, {how}")
+    runtime.log(f"Memory      {what} and labels, {n_bytes / 1e9:.2f} GB a process, {how}")
     with runtime.progress("Reading", sum(map(len, splits.values()))) as bar:
         for name, split in splits.items():
             split.keep(trainer.make_inputs, device, bar)
@@ -388,47 +388,31 @@ class CudaGraph:
 
 # --- Epochs -------------------------------------------------------------------------------------------------
 
-class Plan(NamedTuple):
-    """How a run goes through its data; the same on every rank."""
-
-    num_epochs: int
-    batch_size: int  # no larger than a rank's share
-    steps: int  # an epoch, as many as the smallest share has batches
-    seed: int
-
-
-def make_plan(args: Namespace, n_images: int, world_size: int) -> Plan:
-    """For so many training images in all; UserError if they are fewer than processes."""
-    smallest = n_images // world_size
-    if not smallest:
-        raise UserError(f"{args.data_dir / 'train'} holds {counted(n_images, 'composite')} for {world_size} "
-                        "processes; start fewer")
-    batch_size = min(args.batch_size, smallest)
-    return Plan(args.num_epochs, batch_size, smallest // batch_size, args.seed)
-
-
 def make_generator(seed: int, epoch: int, rank: int, device: torch.device | str = "cpu") -> torch.Generator:
     """The same for an epoch that a run reaches in one go or resumed."""
     seeds = np.random.SeedSequence((seed, epoch, rank)).generate_state(1, np.uint64)
     return torch.Generator(device).manual_seed(int(seeds[0] >> 1))
 
 
-def draw_batches(n_images: int, plan: Plan, epoch: int, rank: int) -> list[list[int]]:
+def draw_batches(n_images: int, batch_size: int, steps: int, generator: torch.Generator) -> list[list[int]]:
     """The indices of each batch of an epoch; those left over are others in each epoch."""
-    order = torch.randperm(n_images, generator=make_generator(plan.seed, epoch, rank)).tolist()
-    return list(BatchSampler(order, plan.batch_size, drop_last=True))[: plan.steps]
+    order = torch.randperm(n_images, generator=generator).tolist()
+    return list(BatchSampler(order, batch_size, drop_last=True))[:steps]
 
 
-def fit(trainer: Trainer, splits: dict[str, Split], plan: Plan, folder: Path, config: dict) -> None:
+def fit(trainer: Trainer, splits: dict[str, Split], folder: Path, config: dict) -> None:
     """Train, and after each epoch score, save and then draw."""
-    runtime, network = trainer.runtime, trainer.network
-    n_images = plan.steps * plan.batch_size * runtime.world_size
-    for epoch in range(len(trainer.history) + 1, plan.num_epochs + 1):
+    runtime, network, settings = trainer.runtime, trainer.network, config["settings"]
+    seed, batch_size, num_epochs = settings["seed"], settings["batch_size"], settings["num_epochs"]
+    steps = trainer.n_steps // num_epochs
+    n_images = steps * batch_size * runtime.world_size
+    for epoch in range(len(trainer.history) + 1, num_epochs + 1):
         started = time.monotonic()
         if network.finetune_encoder:
-            trainer.generator = make_generator(plan.seed, epoch, runtime.rank, runtime.device)
-        order = draw_batches(len(splits["train"]), plan, epoch, runtime.rank)
-        with runtime.progress(f"Epoch {epoch}/{plan.num_epochs}", n_images) as bar:
+            trainer.generator = make_generator(seed, epoch, runtime.rank, runtime.device)
+        generator = make_generator(seed, epoch, runtime.rank)
+        order = draw_batches(len(splits["train"]), batch_size, steps, generator)
+        with runtime.progress(f"Epoch {epoch}/{num_epochs}", n_images) as bar:
             train = train_one_epoch(trainer, splits["train"].batches(order, runtime.device), bar)
         rate = n_images / (time.monotonic() - started)
         for weights in (network.state_dict(), trainer.average):
@@ -440,10 +424,10 @@ def fit(trainer: Trainer, splits: dict[str, Split], plan: Plan, folder: Path, co
                "train_loss": train["loss"], "train_dice": train["dice"],
                **{f"val_{name}": val[name] for name in ("loss", "dice", "mean_dice", "mean_iou")},
                "seconds": time.monotonic() - started, "images_per_second": rate}
-        is_best = trainer.end_epoch(row, scores, config["settings"]["best_by"])
+        is_best = trainer.end_epoch(row, scores, settings["best_by"])
         if runtime.rank == 0:
             save_epoch(trainer, folder, config, is_best)
-        runtime.log(format_epoch(row, plan.num_epochs, is_best))
+        runtime.log(format_epoch(row, num_epochs, is_best))
 
 
 def train_one_epoch(trainer: Trainer, batches: Iterator[tuple], bar: tqdm) -> dict[str, float]:
@@ -647,9 +631,9 @@ def build_network(args: Namespace, checkpoint: dict | None, runtime: Runtime) ->
             source, network = "none", build("none")
     network.to(runtime.device, memory_format=torch.channels_last)
     share_weights(network.state_dict(), runtime)
-    n_all, n_trainable = (sum(one.numel() for one in network.parameters() if one.requires_grad or every)
-                          for every in (True, False))
-    runtime.log(f"Model       {n_trainable:,} trainable and {n_all - n_trainable:,} frozen parameters, "
+    n_trainable, n_frozen = (sum(one.numel() for one in network.parameters() if one.requires_grad == trained)
+                             for trained in (True, False))
+    runtime.log(f"Model       {n_trainable:,} trainable and {n_frozen:,} frozen parameters, "
                 f"{'' if checkpoint else 'encoder '}weights: {source}")
     return network
 
@@ -666,20 +650,25 @@ def train_network(args: Namespace, checkpoint: dict | None, scores: metrics.Segm
     """From the data to the report."""
     folder = choose_folder(args)
     splits, counts = open_splits(("train", "val"), args, runtime)
-    plan, config = make_plan(args, counts["train"], runtime.world_size), describe_run(args, runtime)
+    smallest = counts["train"] // runtime.world_size  # of the processes' shares
+    if not smallest:
+        raise UserError(f"{args.data_dir / 'train'} holds {counted(counts['train'], 'composite')} for "
+                        f"{runtime.world_size} processes; start fewer")
+    args.batch_size = min(args.batch_size, smallest)
+    steps, config = smallest // args.batch_size, describe_run(args, runtime)
     network = build_network(args, checkpoint, runtime)
-    trainer = Trainer(network, scores, args.learning_rate, plan.num_epochs * plan.steps, runtime)
+    trainer = Trainer(network, scores, args.learning_rate, args.num_epochs * steps, runtime)
     if args.continues:
         try:
-            trainer.load_state_dict(checkpoint, checkpoint["epoch"] * plan.steps)
+            trainer.load_state_dict(checkpoint, checkpoint["epoch"] * steps)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"--resume {args.resume}: its optimizer does not fit this run ({error}); leave "
                             "the recipe's flags out, or pass a best.pth to start anew") from error
     keep_inputs(trainer, splits, args.no_cache)
-    runtime.log(f"Training    {counted(plan.num_epochs, 'epoch')} of {counted(plan.steps, 'step')}, "
-                f"{plan.batch_size} x {runtime.world_size} = "
-                f"{counted(plan.batch_size * runtime.world_size, 'image')} a step, learning rate up to "
-                f"{args.learning_rate:g}, seed {plan.seed}\nOutput      {folder}")
+    runtime.log(f"Training    {counted(args.num_epochs, 'epoch')} of {counted(steps, 'step')}, "
+                f"{args.batch_size} x {runtime.world_size} = "
+                f"{counted(args.batch_size * runtime.world_size, 'image')} a step, learning rate up to "
+                f"{args.learning_rate:g}, seed {args.seed}\nOutput      {folder}")
     if runtime.rank == 0:
         folder.mkdir(parents=True, exist_ok=bool(args.output_dir or args.continues))
         if args.continues:
@@ -691,8 +680,8 @@ def train_network(args: Namespace, checkpoint: dict | None, scores: metrics.Segm
         if checkpoint and not args.continues:  # training that starts below its weights must be seen
             val = evaluate(trainer.fold(), splits["val"], scores, runtime).compute()
             row = {"epoch": 0} | {f"val_{name}": value for name, value in val.items()}
-            runtime.log(format_epoch(row, plan.num_epochs, is_best=False))
-        fit(trainer, splits, plan, folder, config)
+            runtime.log(format_epoch(row, args.num_epochs, is_best=False))
+        fit(trainer, splits, folder, config)
         if runtime.rank == 0:
             report_best(trainer, splits["val"], folder, config)
     except (Exception, KeyboardInterrupt) as error:

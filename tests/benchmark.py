@@ -235,8 +235,8 @@ class Setup:
 
     def batches(self, batch_size: int, n_images: int) -> Iterator[tuple]:
         """Of an epoch of so many images."""
-        plan = train.Plan(N_EPOCHS, batch_size, n_images // batch_size, seed=0)
-        order = train.draw_batches(len(self.splits["train"]), plan, 1, self.runtime.rank)
+        generator = train.make_generator(0, 1, self.runtime.rank)
+        order = train.draw_batches(len(self.splits["train"]), batch_size, n_images // batch_size, generator)
         return self.splits["train"].batches(order, self.runtime.device)
 
     def epoch(self, trainer: train.Trainer, batch_size: int, n_images: int) -> Timed:

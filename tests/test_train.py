@@ -599,13 +599,12 @@ def test_each_rank_reads_its_own_share_and_none_is_left_out(own_scenes, tmp_path
     composites = [f"{path.parent.name}/{path.name}" for path in scenes.rglob("*.jpg")]
     assert sorted(sum(shares, [])) == sorted(composites)
     assert [sum("train" in name for name in share) for share in shares] == [3, 3, 2]
-    assert "1 epoch of 1 step, 2 x 3 = 6 images a step" in logs[0] and "in each process" in logs[0]
+    assert "1 epoch of 1 step, 2 x 3 = 6 images a step" in logs[0] and "GB a process" in logs[0]
 
 
 def test_steps_are_those_of_the_smallest_share_and_left_over_images_change():
-    plan = train.make_plan(train.get_args_parser().parse_args([]), 22, world_size=2)
-    assert plan.steps == 2 and plan.batch_size == 4
-    drawn = [sum(train.draw_batches(11, plan, epoch, 0), []) for epoch in range(1, 20)]
+    generators = [train.make_generator(0, epoch, 0) for epoch in range(1, 20)]
+    drawn = [sum(train.draw_batches(11, 4, 2, generator), []) for generator in generators]
     left_over = [set(range(11)) - set(some) for some in drawn]
     assert all(len(left) == 3 for left in left_over) and set.union(*left_over) == set(range(11))
 
