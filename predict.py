@@ -102,7 +102,7 @@ def get_args_parser() -> utils.ArgumentParser:
     add("--composite", action="store_true", help="of composites: score the left half against the right one")
     add("--flip", action="store_true", help="average with the mirrored photo, in twice the time")
     add("--device", type=utils.device_name, default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    add("--image_size", type=utils.whole_number(64, 8192, multiple=32), metavar="PIXELS",
+    add("--image_size", type=utils.number(int, 64, 8192, multiple=32), metavar="PIXELS",
         help=f"the network's input, for a checkpoint that does not say; {DEFAULT_IMAGE_SIZE} if left out")
     return parser
 

@@ -57,7 +57,7 @@ EXAMPLES = """examples:
 
 def get_args_parser() -> utils.ArgumentParser:
     parser = utils.ArgumentParser(description="Train EfficientSegNet on composites.", epilog=EXAMPLES)
-    whole, path, n_classes = utils.whole_number, utils.file_path, len(dataset.CLASSES)
+    whole, path, n_classes = partial(utils.number, int), utils.file_path, len(dataset.CLASSES)
     recipe = parser.add_argument_group("recipe (--resume remembers these; a flag given with --resume wins)")
     data, add = recipe.add_mutually_exclusive_group(), recipe.add_argument
     data.add_argument("--data_dir", type=path, default="data/cityscapes_data", metavar="FOLDER",
@@ -66,7 +66,7 @@ def get_args_parser() -> utils.ArgumentParser:
                       help=f"the scenes in images/demo; where no flag says otherwise {DEMO_RECIPE}")
     add("--num_epochs", type=whole(1), default=30, help="passes over train/ (%(default)s)")
     add("--batch_size", type=whole(1), default=4, help="images a step in each process (%(default)s)")
-    add("--learning_rate", type=utils.positive_float, default=3e-3, help="AdamW's (%(default)s)")
+    add("--learning_rate", type=utils.number(float, 1e-37, 1e37), default=3e-3, help="AdamW's (%(default)s)")
     add("--num_classes", type=whole(2, n_classes), default=n_classes, help="ids are below it (%(default)s)")
     add("--image_size", type=whole(64, 8192, multiple=32), default=256,
         help="side in pixels of the square that photos are resized to, a multiple of 32 (%(default)s)")

@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -46,24 +45,17 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
-def whole_number(lowest: int, highest: int = 10**9, multiple: int = 1) -> Callable[[str], int]:
-    """An argparse type: multiples of a number from `lowest` to `highest`."""
-    def parse(text: str) -> int:
+def number(kind: type, lowest: float, highest: float = 10**9, multiple: int = 1) -> Callable[[str], float]:
+    """An argparse type: an int or a float from `lowest` to `highest`, and a multiple of a number."""
+    def parse(text: str) -> float:
         with contextlib.suppress(ValueError):
-            if lowest <= int(text) <= highest and int(text) % multiple == 0:
-                return int(text)
-        kind = f"multiple of {multiple}" if multiple > 1 else "whole number"
-        raise argparse.ArgumentTypeError(f"{text}: expected a {kind} of {lowest} to {highest}")
+            value = kind(text)
+            if lowest <= value <= highest and (multiple == 1 or value % multiple == 0):
+                return value
+        what = f"multiple of {multiple}" if multiple > 1 else "whole number" if kind is int else "number"
+        raise argparse.ArgumentTypeError(f"{text}: expected a {what} of {lowest} to {highest}")
 
     return parse
-
-
-def positive_float(text: str) -> float:
-    """An argparse type: numbers above 0 that float32 holds."""
-    with contextlib.suppress(ValueError):
-        if 1e-37 < float(text) < 1e38:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text}: expected a number above 0, such as 0.001")
 
 
 def file_path(text: str) -> Path:
@@ -92,8 +84,7 @@ def one_line_errors(at_stop: str) -> Iterator[None]:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # of a name that the terminal cannot show
-    in_main_thread = threading.current_thread() is threading.main_thread()  # signals reach no other
-    previous = signal.signal(signal.SIGTERM, stop) if in_main_thread else None
+    previous = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     except (KeyboardInterrupt, Exception) as error:
@@ -109,8 +100,7 @@ def one_line_errors(at_stop: str) -> Iterator[None]:
         say(f"{Path(sys.argv[0]).name}: error: {rank}{' '.join(line.split())}", "stderr")
         raise SystemExit(status) from error
     finally:
-        if in_main_thread:
-            signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
 
 
 def describe_error(error: BaseException) -> str | None:

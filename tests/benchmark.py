@@ -598,7 +598,7 @@ def get_args_parser() -> utils.ArgumentParser:
                         help=f"{', '.join(SECTIONS)}; all if left out")
     parser.add_argument("--quick", action="store_true",
                         help="less of all, and not the last section unless named: within a minute")
-    parser.add_argument("--whole_runs", type=utils.whole_number(1), nargs="?", const=WHOLE_RUN["train"],
+    parser.add_argument("--whole_runs", type=utils.number(int, 1), nargs="?", const=WHOLE_RUN["train"],
                         metavar="N", help="time train.py instead, with and without --no_cache and "
                                           "--finetune_encoder, on N composites, %(const)s if left out, and "
                                           "profile an epoch")
