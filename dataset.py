@@ -428,19 +428,19 @@ class Split:
             self.has_foreground = True
         return image, label
 
-    def load(self, order: Iterable[Sequence[int]]) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        """images uint8 (B, 3, S, S) in channels_last and labels of each batch of indices, from disk."""
+    def load(self, order: Iterable[Sequence[int]]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """[images], uint8 (B, 3, S, S) in channels_last, and labels of each batch of indices, from disk."""
         order = list(order)
         n_ahead = self.n_threads + max(map(len, order), default=0)  # a batch, while the network works
         samples = in_threads(self.read, itertools.chain(*order), self.n_threads, n_ahead)
         for indices in order:
             images, labels = zip(*itertools.islice(samples, len(indices)))
-            yield torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), [*map(torch.from_numpy, labels)]
+            yield [torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)], [*map(torch.from_numpy, labels)]
 
     def keep(self, encode: Callable[[Tensor], list[Tensor]], device: torch.device | None, bar: tqdm) -> None:
         """Read and check all composites; keep what `encode` makes of them on the device, None for nowhere."""
         order = list(BatchSampler(range(len(self)), ENCODE_BATCH, drop_last=False))
-        for indices, (images, labels) in zip(order, self.load(order)):
+        for indices, ((images,), labels) in zip(order, self.load(order)):
             bar.update(len(indices))
             if device:
                 self.labels += move(labels, device)
@@ -456,16 +456,17 @@ class Split:
 
         The labels are uint8 (B, h, w), or a list of (h, w) where their sizes differ.
         """
-        if self.inputs is None:
-            loaded = (([images], labels) for images, labels in self.load(order))
-        else:  # indexing with a tensor keeps channels_last, index_select does not
-            loaded = (([one[torch.as_tensor(indices, device=one.device)] for one in self.inputs],
-                       [self.labels[index] for index in indices]) for indices in order)
-        for inputs, labels in loaded:
+        for inputs, labels in map(self.take, order) if self.inputs else self.load(order):
             if len({label.shape for label in labels}) == 1:
                 yield move(inputs, device), move([torch.stack(labels)], device)[0]
             else:
                 yield move(inputs, device), move(labels, device)
+
+    def take(self, indices: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
+        """inputs and labels of a batch, of those that are kept."""
+        # Indexing with a tensor keeps channels_last, index_select does not.
+        (index,) = move([torch.as_tensor(indices)], self.inputs[0].device)
+        return [one[index] for one in self.inputs], [self.labels[i] for i in indices]
 
 
 def move(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:

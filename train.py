@@ -596,7 +596,7 @@ def report_best(trainer: Trainer, val: Split, folder: Path, config: dict) -> Non
     def draw(figure: object) -> None:
         network = models.model_from_checkpoint(models.load_checkpoint(path), path).to(trainer.runtime.device)
         indices = np.linspace(0, len(val) - 1, min(4, len(val))).round().astype(int)
-        images, labels = next(val.load([indices.tolist()]))
+        (images,), labels = next(val.load([indices.tolist()]))
         logits = compute_logits(models.fold_batch_norms(network), [images], trainer.runtime)
         samples = [(image, label.numpy(), metrics.score_stretched(one, label.shape)[0].cpu().numpy())
                    for image, label, one in zip(images.permute(0, 2, 3, 1).numpy(), labels, logits)]

@@ -84,7 +84,9 @@ def one_line_errors(at_stop: str) -> Iterator[None]:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # of a name that the terminal cannot show
-    previous = signal.signal(signal.SIGTERM, stop)
+    previous = None
+    with contextlib.suppress(ValueError):  # in a thread, which no signal reaches
+        previous = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     except (KeyboardInterrupt, Exception) as error:
@@ -100,7 +102,8 @@ def one_line_errors(at_stop: str) -> Iterator[None]:
         say(f"{Path(sys.argv[0]).name}: error: {rank}{' '.join(line.split())}", "stderr")
         raise SystemExit(status) from error
     finally:
-        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
 
 
 def describe_error(error: BaseException) -> str | None:
