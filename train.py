@@ -147,8 +147,8 @@ def check_checkpoint(checkpoint: dict, path: Path, args: Namespace) -> None:
     if not args.continues:
         return
     if "measured_on" not in config or "optimizer" not in checkpoint:
-        raise UserError(f"--resume {path}: of an older version of this program; start a new run from its "
-                        "weights: --resume the best.pth beside it")
+        raise UserError(f"--resume {path}: no run to continue, or one of an older version; start a new run "
+                        "from its weights: --resume the best.pth beside it")
     n_done, folder = checkpoint["epoch"], path.resolve().parent
     if n_done >= args.num_epochs and all((folder / name).exists() for name in RUN_FILES):
         message = f"--resume {path}: its {counted(n_done, 'epoch')} are done; pass more --num_epochs to go on"
@@ -233,7 +233,7 @@ class Trainer:
         history: a dict an epoch, the rows of history.csv.
         best: epoch, figure and the counts of SegmentationMetrics of the best epoch so far.
         scores: the training figures, which say what counts.
-        generator: of augmentation, which there is none without.
+        generator: of augmentation; None for none.
     """
 
     def __init__(self, network: models.EfficientSegNet, scores: metrics.SegmentationMetrics,
@@ -400,11 +400,11 @@ def draw_batches(n_images: int, batch_size: int, steps: int, generator: torch.Ge
     return list(BatchSampler(order, batch_size, drop_last=True))[:steps]
 
 
-def fit(trainer: Trainer, splits: dict[str, Split], folder: Path, config: dict) -> None:
+def fit(trainer: Trainer, splits: dict[str, Split], batch_size: int, folder: Path, config: dict) -> None:
     """Train, and after each epoch score, save and then draw."""
     runtime, network, settings = trainer.runtime, trainer.network, config["settings"]
-    seed, batch_size, num_epochs = settings["seed"], settings["batch_size"], settings["num_epochs"]
-    steps = trainer.n_steps // num_epochs
+    seed, num_epochs = settings["seed"], settings["num_epochs"]
+    steps = trainer.n_steps // num_epochs  # an epoch
     n_images = steps * batch_size * runtime.world_size
     for epoch in range(len(trainer.history) + 1, num_epochs + 1):
         started = time.monotonic()
@@ -654,9 +654,9 @@ def train_network(args: Namespace, checkpoint: dict | None, scores: metrics.Segm
     if not smallest:
         raise UserError(f"{args.data_dir / 'train'} holds {counted(counts['train'], 'composite')} for "
                         f"{runtime.world_size} processes; start fewer")
-    args.batch_size = min(args.batch_size, smallest)
-    steps, config = smallest // args.batch_size, describe_run(args, runtime)
-    network = build_network(args, checkpoint, runtime)
+    batch_size = min(args.batch_size, smallest)
+    steps = smallest // batch_size  # an epoch
+    config, network = describe_run(args, runtime), build_network(args, checkpoint, runtime)
     trainer = Trainer(network, scores, args.learning_rate, args.num_epochs * steps, runtime)
     if args.continues:
         try:
@@ -666,8 +666,8 @@ def train_network(args: Namespace, checkpoint: dict | None, scores: metrics.Segm
                             "the recipe's flags out, or pass a best.pth to start anew") from error
     keep_inputs(trainer, splits, args.no_cache)
     runtime.log(f"Training    {counted(args.num_epochs, 'epoch')} of {counted(steps, 'step')}, "
-                f"{args.batch_size} x {runtime.world_size} = "
-                f"{counted(args.batch_size * runtime.world_size, 'image')} a step, learning rate up to "
+                f"{batch_size} x {runtime.world_size} = "
+                f"{counted(batch_size * runtime.world_size, 'image')} a step, learning rate up to "
                 f"{args.learning_rate:g}, seed {args.seed}\nOutput      {folder}")
     if runtime.rank == 0:
         folder.mkdir(parents=True, exist_ok=bool(args.output_dir or args.continues))
@@ -681,7 +681,7 @@ def train_network(args: Namespace, checkpoint: dict | None, scores: metrics.Segm
             val = evaluate(trainer.fold(), splits["val"], scores, runtime).compute()
             row = {"epoch": 0} | {f"val_{name}": value for name, value in val.items()}
             runtime.log(format_epoch(row, args.num_epochs, is_best=False))
-        fit(trainer, splits, folder, config)
+        fit(trainer, splits, batch_size, folder, config)
         if runtime.rank == 0:
             report_best(trainer, splits["val"], folder, config)
     except (Exception, KeyboardInterrupt) as error:
