@@ -428,14 +428,15 @@ class Split:
             self.has_foreground = True
         return image, label
 
-    def load(self, order: Iterable[Sequence[int]]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    def load(self, order: Iterable[Sequence[int]]) -> Iterator[tuple[list[Tensor], Tensor | list[Tensor]]]:
         """[images], uint8 (B, 3, S, S) in channels_last, and labels of each batch of indices, from disk."""
         order = list(order)
         n_ahead = self.n_threads + max(map(len, order), default=0)  # a batch, while the network works
         samples = in_threads(self.read, itertools.chain(*order), self.n_threads, n_ahead)
         for indices in order:
             images, labels = zip(*itertools.islice(samples, len(indices)))
-            yield [torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)], [*map(torch.from_numpy, labels)]
+            images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+            yield [images], stack([*map(torch.from_numpy, labels)])
 
     def keep(self, encode: Callable[[Tensor], list[Tensor]], device: torch.device | None, bar: tqdm) -> None:
         """Read and check all composites; keep what `encode` makes of them on the device, None for nowhere."""
@@ -457,23 +458,26 @@ class Split:
         The labels are uint8 (B, h, w), or a list of (h, w) where their sizes differ.
         """
         for inputs, labels in map(self.take, order) if self.inputs else self.load(order):
-            if len({label.shape for label in labels}) == 1:
-                yield move(inputs, device), move([torch.stack(labels)], device)[0]
-            else:
-                yield move(inputs, device), move(labels, device)
+            yield move(inputs, device), move(labels, device)
 
-    def take(self, indices: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
+    def take(self, indices: Sequence[int]) -> tuple[list[Tensor], Tensor | list[Tensor]]:
         """inputs and labels of a batch, of those that are kept."""
-        # Indexing with a tensor keeps channels_last, index_select does not.
-        (index,) = move([torch.as_tensor(indices)], self.inputs[0].device)
-        return [one[index] for one in self.inputs], [self.labels[i] for i in indices]
+        index = move(torch.as_tensor(indices), self.inputs[0].device)  # with it channels_last stays
+        return [one[index] for one in self.inputs], stack([self.labels[i] for i in indices])
 
 
-def move(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+def stack(labels: Sequence[Tensor]) -> Tensor | list[Tensor]:
+    """Labels (h, w) as one tensor (B, h, w), or as they are where their sizes differ."""
+    return torch.stack(labels) if len({label.shape for label in labels}) == 1 else labels
+
+
+def move(tensors: Tensor | list[Tensor], device: torch.device) -> Tensor | list[Tensor]:
     """Tensors to a device, to a GPU through pinned memory, so that the host need not wait."""
+    if isinstance(tensors, list):
+        return [move(one, device) for one in tensors]
     if device.type != "cuda":
-        return [one.to(device) for one in tensors]
-    return [(one if one.is_cuda else one.pin_memory()).to(device, non_blocking=True) for one in tensors]
+        return tensors.to(device)
+    return (tensors if tensors.is_cuda else tensors.pin_memory()).to(device, non_blocking=True)
 
 
 # --- Whole batches on the device ----------------------------------------------------------------------------

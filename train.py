@@ -212,9 +212,9 @@ def check_foreground(split: Split, name: str, runtime: Runtime) -> None:
 
 def encode(network: nn.Module, images: Tensor, runtime: Runtime) -> list[Tensor]:
     """Features of images (B, 3, S, S) of 0..255."""
-    (images,) = dataset.move([images], runtime.device)
+    images = dataset.normalize(dataset.move(images, runtime.device))
     with runtime.autocast():
-        return network.encode(dataset.normalize(images))
+        return network.encode(images)
 
 
 def compute_logits(network: nn.Module, inputs: Sequence[Tensor], runtime: Runtime) -> Tensor:
