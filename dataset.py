@@ -626,14 +626,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--size", type=int, default=256, help="side of each half in pixels (%(default)s)")
     args = parser.parse_args(argv and [str(word) for word in argv])
     own, drawn = [args.photos, args.labels], [args.val, args.seed]
-    if (own + drawn != [None] * 4) if args.cityscapes_dir else None in own:
+    city, val, seed = args.cityscapes_dir, 0.1 if args.val is None else args.val, args.seed or 0
+    if (own + drawn != [None] * 4) if city else None in own:
         parser.exit(2, "dataset.py: error: name the Cityscapes folder alone, as it has its own val/, or both "
                        "--photos and --labels\n")
-    val, seed = 0.1 if args.val is None else args.val, args.seed or 0
     if not (32 <= args.size <= 8192 and 0 < val < 1 and seed >= 0):
         parser.exit(2, "dataset.py: error: expected --size 32 to 8192, --val in 0 to 1, --seed 0 or more\n")
     try:
-        city = args.cityscapes_dir
         triples = pair_cityscapes(city) if city else pair_folders(*own, val, seed)
         make_composites(triples, args.output, args.size)
     except (DatasetError, OSError) as error:

@@ -1,7 +1,4 @@
-"""The loss, and segmentation figures that all derive from one confusion matrix over a whole split.
-
-Any division of a split into batches or ranks gives the same figures: there is no average of averages.
-"""
+"""The loss, and segmentation figures that all derive from one confusion matrix over a whole split."""
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -99,7 +96,6 @@ def segmentation_loss(logits: Tensor, labels: Tensor,
 
     Cross entropy hardly sees a rare class; the Dice of each class in the batch counts as much for a small one
     (after Milletari et al., 2016, arXiv:1606.04797, and for the sum Isensee et al., 2018, arXiv:1809.10486).
-    Pixels of id 0 teach nothing if they are to be ignored.
 
     Returns mean cross entropy per pixel + 1 - mean soft Dice of the classes present, to be differentiated
     once; the mean cross entropy alone; and predictions uint8 (B, H, W), equal to logits.argmax(1).
@@ -205,8 +201,7 @@ class SegmentationMetrics:
 
         dice: micro-averaged over all classes, which with one label a pixel is the share of right pixels.
         mean_dice: Dice per class, averaged over the classes present in truth or prediction.
-        mean_iou: IoU per class over the pixels whose truth is not background, averaged over the classes
-            present there, as in the official Cityscapes scoring.
+        mean_iou: as in Cityscapes' own scoring, over the pixels and classes whose truth is not background.
         pixel_accuracy, class_accuracy: over the same pixels; the latter averages the classes in the truth.
         loss: mean cross entropy per pixel, as update() was given it.
         """
@@ -252,5 +247,4 @@ class SegmentationMetrics:
         axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(len(names)), names)
         axes.set(xlabel="prediction", ylabel="truth", title="Where each class's pixels went, % of the row")
-        axes.spines[:].set_visible(False)
         figure.colorbar(picture, ax=axes, shrink=0.6, label="% of the true class's pixels")

@@ -68,8 +68,7 @@ def get_args_parser() -> utils.ArgumentParser:
     add("--batch_size", type=whole(1), default=4, help="images a step in each process (%(default)s)")
     add("--learning_rate", type=utils.number(float, 1e-37, 1e37), default=3e-3, help="AdamW's (%(default)s)")
     add("--num_classes", type=whole(2, n_classes), default=n_classes, help="ids are below it (%(default)s)")
-    add("--image_size", type=whole(64, 8192, multiple=32), default=256,
-        help="side in pixels of the square that photos are resized to, a multiple of 32 (%(default)s)")
+    add("--image_size", type=whole(64, 8192, multiple=32), default=256, help="pixels a side (%(default)s)")
     add("--finetune_encoder", action="store_true",
         help=f"train the encoder too, at {ENCODER_LEARNING_RATE} of the learning rate, in every step")
     add("--encoder_weights", type=lambda text: str(path(text)), default="imagenet",
@@ -456,8 +455,7 @@ def check_loss(loss: float, what: str, trainer: Trainer) -> None:
     """UserError if a loss is infinite or not a number."""
     if not math.isfinite(loss):
         raise UserError(f"the {what} became {loss} in epoch {len(trainer.history) + 1}, at step "
-                        f"{trainer.steps_done} of the run or before, at a learning rate of "
-                        f"{trainer.learning_rate:.2g}; try a tenth of --learning_rate, or --amp off")
+                        f"{trainer.steps_done} or before; try a tenth of --learning_rate, or --amp off")
 
 
 @torch.inference_mode()
@@ -580,8 +578,7 @@ def find_best(trainer: Trainer, config: dict, path: Path, folder: Path) -> None:
             utils.write_file(folder / "best.pth", path.read_bytes())
         return
     trainer.best = dict(NO_BEST)
-    trainer.runtime.log("Resume      the best epoch is sought anew: best.pth is missing or of another run, "
-                        "or what scores are measured on has changed")
+    trainer.runtime.log("Resume      the best epoch is sought anew, for best.pth or what is measured changed")
     if n_done >= config["settings"]["num_epochs"]:
         raise UserError(f"{path.parent}: {counted(n_done, 'epoch')} done, none best; pass more --num_epochs")
 
