@@ -268,9 +268,10 @@ def find_images(folder: str | Path) -> tuple[list[Path], list[Path]]:
 
     paths = []
     for name, folders, files in os.walk(folder, onerror=fail, followlinks=True):
-        linked_back = os.path.realpath(name) in map(os.path.realpath, Path(name).parents)
-        folders[:] = [one for one in folders if one[0] != "." and not linked_back]
-        paths += [Path(name, file) for file in files if file[0] != "." and not linked_back]
+        if os.path.realpath(name) in map(os.path.realpath, Path(name).parents):  # a link back
+            folders[:], files = [], []
+        folders[:] = [one for one in folders if one[0] != "."]
+        paths += [Path(name, file) for file in files if file[0] != "."]
     paths.sort(key=lambda path: (re.sub(r"\d+", lambda number: number[0].zfill(20), str(path)), path))
     images = [path for path in paths if path.suffix.lower() in SUFFIXES]
     return images, [path for path in paths if path.suffix.lower() not in SUFFIXES]

@@ -4,7 +4,6 @@ The recipe is main() and what it calls, from the end of this file upwards. RUN_F
 """
 import contextlib
 import copy
-import json
 import math
 import time
 from argparse import Namespace
@@ -160,18 +159,18 @@ def check_checkpoint(checkpoint: dict, path: Path, args: Namespace) -> None:
 # --- Data ---------------------------------------------------------------------------------------------------
 
 def open_splits(names: Sequence[str], args: Namespace, runtime: Runtime) -> tuple[dict, dict]:
-    """This process's Split of each, not read yet, and how many composites they hold in all."""
-    splits, counts = {}, {}
+    """This process's Split of each, not read yet, and the paths of all their composites."""
+    splits, paths = {}, {}
     for name in names:
-        paths, others = dataset.list_composites(args.data_dir / name)
+        paths[name], others = dataset.list_composites(args.data_dir / name)
         if others:
-            runtime.log(f"Left out    {counted(len(others), 'file')} that are no images, such as {others[0]}")
-        counts[name] = len(paths)
-        splits[name] = Split(paths[runtime.rank :: runtime.world_size], args.image_size, args.num_classes,
-                             resize_labels=name == "train", n_threads=args.num_workers)
-    runtime.log(f"Data        {' and '.join(f'{counts[name]:,} {name}' for name in names)} composites of "
+            runtime.log(f"Left out    {counted(len(others), 'file')} of kinds not read, such as {others[0]}")
+        share = paths[name][runtime.rank :: runtime.world_size]
+        splits[name] = Split(share, args.image_size, args.num_classes, resize_labels=name == "train",
+                             n_threads=args.num_workers)
+    runtime.log(f"Data        {' and '.join(f'{len(paths[name]):,} {name}' for name in names)} composites of "
                 f"{args.data_dir} at {args.image_size}x{args.image_size}")
-    return splits, counts
+    return splits, paths
 
 
 def keep_inputs(trainer: "Trainer", splits: dict[str, Split], no_cache: bool) -> None:
@@ -507,7 +506,7 @@ def format_epoch(row: dict, num_epochs: int, is_best: bool) -> str:
 
 # --- What a run leaves --------------------------------------------------------------------------------------
 
-def describe_run(args: Namespace, runtime: Runtime) -> dict:
+def describe_run(args: Namespace, val_paths: Sequence[Path], runtime: Runtime) -> dict:
     """What checkpoints and config.json say beside the weights, in plain types."""
     classes, folder = dataset.CLASSES[: args.num_classes], args.data_dir / "val"
     table = {"image_size": args.image_size, "class_names": [entry.name for entry in classes],
@@ -515,8 +514,7 @@ def describe_run(args: Namespace, runtime: Runtime) -> dict:
     measured_on = table | {  # the figures of two epochs can be compared if all of it is the same
         "best_by": args.best_by, "background": [args.score_background, args.ignore_background],
         "further_colors": [list(map(list, entry.further.values())) for entry in classes],
-        "val": {path.relative_to(folder).as_posix(): path.stat().st_size
-                for path in dataset.list_composites(folder)[0]}}
+        "val": {path.relative_to(folder).as_posix(): path.stat().st_size for path in val_paths}}
     settings = {name: value for name, value in vars(args).items() if name not in NOT_REMEMBERED}
     machine = f"{runtime}, {counted(runtime.world_size, 'rank')}, torch {torch.__version__}"
     return {"settings": settings | {"data_dir": str(args.data_dir)}, "n_classes": args.num_classes, **table,
@@ -546,7 +544,7 @@ def save_epoch(trainer: Trainer, folder: Path, config: dict, is_best: bool) -> N
         best = {"model": state["model"] | state["average"], "best": trainer.best, "config": config}
         utils.write_checkpoint(folder / "best.pth", best)
     utils.write_checkpoint(folder / "last.pth", state | {"config": config})
-    write_or_warn(utils.write_file, folder / "config.json", json.dumps(config, indent=2).encode())
+    write_or_warn(utils.write_json, folder / "config.json", config)
     write_history(trainer, folder, config)
 
 
@@ -646,14 +644,15 @@ def train_network(args: Namespace, checkpoint: dict | None, scores: metrics.Segm
                   runtime: Runtime) -> None:
     """From the data to the report."""
     folder = choose_folder(args)
-    splits, counts = open_splits(("train", "val"), args, runtime)
-    smallest = counts["train"] // runtime.world_size  # of the processes' shares
+    splits, paths = open_splits(("train", "val"), args, runtime)
+    smallest = len(paths["train"]) // runtime.world_size  # of the processes' shares
     if not smallest:
-        raise UserError(f"{args.data_dir / 'train'} holds {counted(counts['train'], 'composite')} for "
+        raise UserError(f"{args.data_dir / 'train'} holds {counted(len(paths['train']), 'composite')} for "
                         f"{runtime.world_size} processes; start fewer")
     batch_size = min(args.batch_size, smallest)
     steps = smallest // batch_size  # an epoch
-    config, network = describe_run(args, runtime), build_network(args, checkpoint, runtime)
+    config = describe_run(args, paths["val"], runtime)
+    network = build_network(args, checkpoint, runtime)
     trainer = Trainer(network, scores, args.learning_rate, args.num_epochs * steps, runtime)
     if args.continues:
         try:
@@ -671,7 +670,7 @@ def train_network(args: Namespace, checkpoint: dict | None, scores: metrics.Segm
         if args.continues:
             find_best(trainer, config, args.resume.resolve().with_name("best.pth"), folder)
         else:
-            utils.write_file(folder / "config.json", json.dumps(config, indent=2).encode())
+            utils.write_json(folder / "config.json", config)
     runtime.log(f"\n{EPOCH_HEADER}")
     try:
         if checkpoint and not args.continues:  # training that starts below its weights must be seen

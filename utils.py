@@ -3,6 +3,7 @@ import argparse
 import contextlib
 import csv
 import io
+import json
 import math
 import os
 import re
@@ -314,6 +315,10 @@ def write_file(path: str | Path, content: bytes | memoryview) -> None:
             temporary.unlink(missing_ok=True)  # still there after an error or Ctrl-C
 
 
+def write_json(path: str | Path, content: dict) -> None:
+    write_file(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
 def write_checkpoint(path: str | Path, checkpoint: dict) -> None:
     """A dict of tensors and plain types, for torch.load(weights_only=True)."""
     buffer = io.BytesIO()
@@ -335,9 +340,12 @@ def write_csv(path: str | Path, rows: Sequence[dict]) -> None:
 
 def write_picture(path: str | Path, draw: Callable[[Any], None]) -> None:
     """Let `draw` fill a matplotlib Figure, and write it as a PNG; raises whatever matplotlib does."""
-    os.environ["MPLBACKEND"] = "agg"  # a notebook's may be missing here, and end matplotlib's import
-    from matplotlib.figure import Figure
-
+    backend = os.environ.pop("MPLBACKEND", None)  # a notebook's, which may be missing here; none is needed
+    try:
+        from matplotlib.figure import Figure
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
     figure, buffer = Figure(layout="constrained"), io.BytesIO()
     draw(figure)
     figure.savefig(buffer, format="png", dpi=120)

@@ -1,5 +1,6 @@
 """utils.py: arguments, errors, devices, memory, files that are whole at every moment, pictures."""
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -68,9 +69,13 @@ def test_a_bug_keeps_its_traceback():
         raise ZeroDivisionError
 
 
-def test_a_rank_says_which_it_is(rank_2_of_4, capsys):
-    with pytest.raises(SystemExit, match="130"), utils.one_line_errors("start again"):
-        raise KeyboardInterrupt
+def test_a_rank_says_which_it_is_and_stops_in_a_thread_too(rank_2_of_4, capsys):
+    def work():
+        with pytest.raises(SystemExit, match="130"), utils.one_line_errors("start again"):
+            raise KeyboardInterrupt
+
+    with ThreadPoolExecutor(1) as pool:  # where no handler of signals can be set
+        pool.submit(work).result()
     assert capsys.readouterr().err.endswith("error: [rank 2] stopped by SIGINT; start again\n")
 
 
